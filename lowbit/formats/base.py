@@ -1,0 +1,247 @@
+"""What the bits are: `Format`, `QTensor`, `Latent` and the registry.
+
+A format is a frozen dataclass of pure functions over one weight matrix `w_OI` (rows are output channels, groups run
+along the input axis). Its numeric core is two functions that are inverse views of one grid,
+
+    quantize(w, stored) -> codes          int32 [O, I]
+    dequantize(codes, stored) -> w_hat    float32 [O, I]
+
+where `stored` are the parameters exactly as they are kept on disk (fp16 scales, say). Everything else follows:
+
+    encode     = pack . quantize . stored
+    decode     = dequantize . unpack
+    fake_quant = dequantize . quantize . stored      (with a hand-written gradient)
+
+so `fake_quant(w, p) == decode(encode(w, p))` holds bit for bit as soon as `unpack . pack` is the identity on codes,
+which the conformance suite checks for every registered format, eager and jitted.
+
+`stored` is float32 *values* that are exactly representable in the storage dtype; only `pack` casts. Codes times such a
+scale are exact products or single roundings in fp32, so no compiler contraction can change a bit.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from lowbit.errors import InputError, unknown
+
+Params = dict[str, Array]
+
+
+class FormatError(InputError):
+    """A format name, option or shape that cannot be."""
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["arrays"], meta_fields=["format", "shape", "dtype"])
+@dataclasses.dataclass(frozen=True)
+class QTensor:
+    """A packed weight. `arrays` are the stored bytes (codes as uint8 words, scales, codebooks); the rest is static.
+
+    `shape` is that of one weight matrix; a stack of them (layers under `scan`) has leading axes on `arrays` only.
+    """
+
+    arrays: dict[str, Array]
+    format: Format
+    shape: tuple[int, int]
+    dtype: str = "float32"  # of the decoded weight
+
+    def decode(self) -> Float[Array, "O I"]:
+        """The weights, computed in float32 and cast to `dtype`."""
+        return self.format.decode(self)
+
+    @property
+    def nbytes(self) -> int:
+        """Stored bytes, scales and codebooks included."""
+        return sum(stored_bytes(a) for a in self.arrays.values())
+
+    @property
+    def bits_per_weight(self) -> float:
+        """`8 * stored bytes / weights` (law 3)."""
+        return 8 * self.nbytes / (self.shape[0] * self.shape[1])
+
+
+def stored_bytes(a: Any) -> int:
+    """Bytes of an array as it is written; refuses sub-byte dtypes, whose in-memory size is not their stored size."""
+    dtype = np.dtype(a.dtype)
+    if dtype.itemsize * 8 > 8 or dtype in (np.dtype("int8"), np.dtype("uint8"), np.dtype("bool")) or "8" in dtype.name:
+        return int(np.prod(a.shape)) * dtype.itemsize
+    raise FormatError(f"array of dtype {dtype} has no defined stored size (allowed: whole-byte dtypes)")
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["w", "params"], meta_fields=["format"])
+@dataclasses.dataclass(frozen=True)
+class Latent:
+    """A weight in training: the full-precision latent `w` and, if the recipe learns them, the format's parameters.
+
+    With `params` empty, the format's `init` computes them from `w` at each use and they get no gradient (dynamic
+    straight-through quantization).
+    """
+
+    w: Float[Array, "*layers O I"]
+    params: Params
+    format: Format
+
+    def value(self) -> Float[Array, "O I"]:
+        """The quantized weight that the forward pass sees."""
+        return self.format.fake_quant(self.w, self.params or self.dynamic_params())
+
+    def encode(self) -> QTensor:
+        """The trained codes and scales."""
+        return self.format.encode(self.w, self.params or self.dynamic_params())
+
+    def dynamic_params(self) -> Params:
+        return jax.lax.stop_gradient(self.format.init(self.w))
+
+
+@dataclasses.dataclass(frozen=True)
+class Format:
+    """Base of all formats; subclasses give the numeric core, this class composes it.
+
+    Subclasses define `name` (canonical, parses back to an equal format), `check`, `init`, `stored`, `quantize`,
+    `dequantize`, `pack`, `unpack` and, when something can be trained, `vjp`.
+    """
+
+    trainable: ClassVar[bool] = True
+
+    @property
+    def name(self) -> str:
+        raise TypeError(f"{type(self).__name__} has no name")
+
+    @property
+    def tile(self) -> tuple[int, int]:
+        """The (out, in) block of weights that is rounded at once."""
+        return (1, 1)
+
+    def params_span(self, shape: tuple[int, int]) -> int:
+        """Columns over which one set of `params` is fitted."""
+        return shape[1]
+
+    def check(self, shape: tuple[int, int]) -> None:
+        """Raises `FormatError` when a weight of this shape cannot be held."""
+
+    def init(self, w_OI: Float[Array, "O I"], stats: Any = None, key: Any = None) -> Params:
+        """Parameters (scales, zero points, ...) fitted to `w`, float32."""
+        raise TypeError(f"{self.name} has no init")
+
+    def stored(self, params: Params) -> Params:
+        """Parameters rounded to what is stored, still float32."""
+        raise TypeError(f"{self.name} has no stored")
+
+    def quantize(self, w_OI: Float[Array, "O I"], stored: Params) -> Int[Array, "O I"]:
+        """Nearest codes."""
+        raise TypeError(f"{self.name} has no quantize")
+
+    def dequantize(self, codes_OI: Int[Array, "O I"], stored: Params) -> Float[Array, "O I"]:
+        """Weights of codes, float32."""
+        raise TypeError(f"{self.name} has no dequantize")
+
+    def pack(self, codes_OI: Int[Array, "O I"], stored: Params) -> dict[str, Array]:
+        """Arrays as stored."""
+        raise TypeError(f"{self.name} has no pack")
+
+    def unpack(self, arrays: Mapping[str, Array], shape: tuple[int, int]) -> tuple[Int[Array, "O I"], Params]:
+        """Inverse of `pack`."""
+        raise TypeError(f"{self.name} has no unpack")
+
+    def vjp(self, w_OI: Float[Array, "O I"], params: Params, g_OI: Float[Array, "O I"]) -> tuple[Array, Params]:
+        """Cotangents of `fake_quant` for `w` and `params`; the policy (clip, scale gradient) is the format's own."""
+        raise TypeError(f"{self.name} has no gradient")
+
+    def affine(self, q: QTensor) -> tuple[np.ndarray, np.ndarray, np.ndarray, int] | None:
+        """`(codes [O, I], scale [O, G], zero [O, G], group)` with `w = (codes - zero) * scale`, or None if not affine.
+
+        What exporters translate into a runtime's own layout without re-quantizing.
+        """
+        return None
+
+    # -- composed, never overridden ---------------------------------------------------------------------------------
+
+    def encode(self, w_OI: Float[Array, "O I"], params: Params | None = None) -> QTensor:
+        """Packs `w`; `params` default to `init(w)`. Raises `FormatError` on a shape that does not fit."""
+        self.check(w_OI.shape)
+        w32 = w_OI.astype(jnp.float32)
+        stored = self.stored(self.init(w32) if params is None else params)
+        arrays = self.pack(self.quantize(w32, stored), stored)
+        return QTensor(arrays, self, tuple(w_OI.shape), str(w_OI.dtype))
+
+    def decode(self, q: QTensor) -> Float[Array, "O I"]:
+        """Weights of a packed tensor, in `q.dtype`."""
+        codes, stored = self.unpack(q.arrays, q.shape)
+        return self.dequantize(codes, stored).astype(q.dtype)
+
+    def fake_quant(self, w_OI: Float[Array, "O I"], params: Params | None = None) -> Float[Array, "O I"]:
+        """`decode(encode(w, params))` with the format's gradient; `params=None` fits them to `w` without gradient."""
+        self.check(w_OI.shape)
+        if params is None:
+            params = jax.lax.stop_gradient(self.init(w_OI.astype(jnp.float32)))
+        return _fake_quant(self, w_OI, params)
+
+    def fit_block(self, w_OI: Float[Array, "O I"], importance: Any = None) -> Params:
+        """Solver hook: parameters for one block of columns."""
+        return self.init(w_OI, importance)
+
+    def round_block(self, w_OI: Float[Array, "O I"], params: Params) -> tuple[Array, Array]:
+        """Solver hook: `(codes, w_hat)` of one block."""
+        stored = self.stored(params)
+        codes = self.quantize(w_OI, stored)
+        return codes, self.dequantize(codes, stored)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _fake_quant(fmt: Format, w: Array, params: Params) -> Array:
+    stored = fmt.stored(params)
+    return fmt.dequantize(fmt.quantize(w.astype(jnp.float32), stored), stored).astype(w.dtype)
+
+
+def _fake_quant_fwd(fmt: Format, w: Array, params: Params):
+    return _fake_quant(fmt, w, params), (w, params)
+
+
+def _fake_quant_bwd(fmt: Format, residuals, g: Array):
+    w, params = residuals
+    gw, gp = fmt.vjp(w.astype(jnp.float32), params, g.astype(jnp.float32))
+    return gw.astype(w.dtype), gp
+
+
+_fake_quant.defvjp(_fake_quant_fwd, _fake_quant_bwd)
+
+
+# -- registry ---------------------------------------------------------------------------------------------------------
+
+_FAMILIES: dict[str, Callable[[list[str]], Format]] = {}
+_EXAMPLES: dict[str, list[str]] = {}
+
+
+def register(family: str, parse: Callable[[list[str]], Format], examples: list[str]) -> None:
+    """Adds a family: `NAME[:key...]` is parsed by `parse(keys)`; `examples` are the names that `lowbit formats` lists
+    and that the conformance suite runs."""
+    _FAMILIES[family] = parse
+    _EXAMPLES[family] = examples
+
+
+def get(name: str) -> Format:
+    """The format of a name such as `int4:g64`, `ternary:tensor`, `q4_0`. Raises `FormatError`."""
+    _load_all()
+    family, *keys = str(name).strip().lower().split(":")
+    if family not in _FAMILIES:
+        raise FormatError(str(unknown("format", name, _FAMILIES)))
+    return _FAMILIES[family](keys)
+
+
+def names() -> list[str]:
+    """Canonical names of every registered example, in registration order."""
+    _load_all()
+    return [get(n).name for family in _EXAMPLES.values() for n in family]
+
+
+def _load_all() -> None:
+    # Imported on first use: each module registers its families, and this file stays below them.
+    from lowbit.formats import floats, ggml, integer, ternary  # noqa: F401

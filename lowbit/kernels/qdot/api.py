@@ -1,0 +1,34 @@
+"""Dispatch on what the weight is: an array, packed codes, or a latent weight in training."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from lowbit.formats.base import Latent, QTensor
+from lowbit.formats.fake_quant import QuantizedInput
+
+Weight = Array | QTensor | Latent | QuantizedInput
+
+
+def dense(w: Weight) -> Float[Array, "O I"]:
+    """The weight matrix that the product uses."""
+    if isinstance(w, QuantizedInput):
+        return dense(w.w)
+    if isinstance(w, QTensor):
+        return w.decode()
+    if isinstance(w, Latent):
+        return w.value()
+    return w
+
+
+def qdot(x_BTI: Float[Array, "*batch I"], w: Weight) -> Float[Array, "*batch O"]:
+    """`x @ decode(w).T` in `x`'s dtype, accumulated in float32 at least.
+
+    A `QuantizedInput` first applies its activation format to `x`.
+    """
+    if isinstance(w, QuantizedInput):
+        x_BTI = w.act.fake_quant(x_BTI)
+    w_OI = dense(w).astype(x_BTI.dtype)
+    acc = jnp.promote_types(x_BTI.dtype, jnp.float32)
+    dims = (((x_BTI.ndim - 1,), (1,)), ((), ()))
+    return jax.lax.dot_general(x_BTI, w_OI, dims, preferred_element_type=acc).astype(x_BTI.dtype)

@@ -1,0 +1,288 @@
+"""One description for every supported decoder: Llama, Mistral, Qwen2, Qwen3, Gemma 2 and 3 are settings of it.
+
+`from_hf` reads a Hugging Face `config.json` (either rope spelling: `rope_theta` + `rope_scaling`, or
+`rope_parameters`), `to_hf` writes one that `transformers` loads.
+"""
+
+import dataclasses
+from typing import Any, Literal
+
+from lowbit.errors import InputError, unknown
+
+Family = Literal["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text"]
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text")
+ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "gemma2": "Gemma2ForCausalLM",
+    "gemma3_text": "Gemma3ForCausalLM",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+    """Frequency scaling: `linear` (divide by factor) or `llama3` (divide low frequencies, blend the middle)."""
+
+    kind: Literal["linear", "llama3"]
+    factor: float
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position: int = 8192
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Shapes and switches of a decoder. Sizes are counts; `head_dim` may differ from hidden / heads."""
+
+    family: Family
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    max_position: int
+    norm_eps: float = 1e-5
+    activation: Literal["silu", "gelu_tanh", "gelu", "relu2"] = "silu"
+    tied: bool = False
+    rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
+    rope_local_theta: float | None = None  # Gemma 3: sliding layers use their own base, unscaled
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    sandwich_norm: bool = False  # Gemma: norms after attention and MLP too
+    norm_plus_one: bool = False  # Gemma: the scale is 1 + weight
+    embed_scale: float = 1.0
+    query_scale: float | None = None  # default head_dim ** -0.5
+    attn_softcap: float | None = None
+    final_softcap: float | None = None
+    sliding_window: int | None = None
+    sliding_layers: tuple[bool, ...] = ()  # per layer; () means none
+    input_norm: bool = True  # False: no norm before attention and MLP (bit-llama2 has it inside each linear)
+    linear_norm: bool = False  # parameter-free RMS norm on the input of every block linear
+    bos_token_id: int | None = None
+    eos_token_ids: tuple[int, ...] = ()
+
+    @property
+    def sliding(self) -> tuple[bool, ...]:
+        return self.sliding_layers or (False,) * self.num_layers
+
+    def linear_shapes(self) -> dict[str, tuple[int, int]]:
+        """`{site: (out, in)}` of the linears of one block, by their name inside the layer."""
+        d, f = self.hidden_size, self.intermediate_size
+        q, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        return {
+            "self_attn.q_proj": (q, d),
+            "self_attn.k_proj": (kv, d),
+            "self_attn.v_proj": (kv, d),
+            "self_attn.o_proj": (d, q),
+            "mlp.gate_proj": (f, d),
+            "mlp.up_proj": (f, d),
+            "mlp.down_proj": (d, f),
+        }
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """`{path: shape}` of every parameter, paths as in `lowbit.tree` (HF names without `.weight`)."""
+        d, hd = self.hidden_size, self.head_dim
+        out: dict[str, tuple[int, ...]] = {"model.embed_tokens": (self.vocab_size, d)}
+        biased = {
+            "self_attn.q_proj": self.qkv_bias,
+            "self_attn.k_proj": self.qkv_bias,
+            "self_attn.v_proj": self.qkv_bias,
+            "self_attn.o_proj": self.o_bias,
+        } | {f"mlp.{n}_proj": self.mlp_bias for n in ("gate", "up", "down")}
+        for i in range(self.num_layers):
+            p = f"model.layers.{i}."
+            for name, shape in self.linear_shapes().items():
+                out[p + name] = shape
+                if biased[name]:
+                    out[p + name + ".bias"] = (shape[0],)
+            if self.qk_norm:
+                out[p + "self_attn.q_norm"] = out[p + "self_attn.k_norm"] = (hd,)
+            if self.input_norm:
+                out[p + "input_layernorm"] = out[p + "post_attention_layernorm"] = (d,)
+            if self.sandwich_norm:
+                out[p + "pre_feedforward_layernorm"] = out[p + "post_feedforward_layernorm"] = (d,)
+        out["model.norm"] = (d,)
+        if not self.tied:
+            out["lm_head"] = (self.vocab_size, d)
+        return out
+
+    @property
+    def num_params(self) -> int:
+        """Parameters, a tied embedding counted once."""
+        total = 0
+        for shape in self.shapes().values():
+            n = 1
+            for s in shape:
+                n *= s
+            total += n
+        return total
+
+
+def from_hf(hf: dict[str, Any]) -> ModelConfig:
+    """Reads a `config.json`. Raises `InputError` on an architecture or a setting that the decoder does not have."""
+    family = hf.get("model_type")
+    if family == "gemma3" and "text_config" in hf:  # a multimodal wrapper: its text part is a gemma3_text
+        hf = {**hf["text_config"], "model_type": "gemma3_text"}
+        family = "gemma3_text"
+    if family not in FAMILIES:
+        raise unknown("model_type", family, FAMILIES)
+
+    def need(key: str) -> Any:
+        if hf.get(key) is None:
+            raise InputError(f"config.json has no {key!r} (needed for model_type {family!r})")
+        return hf[key]
+
+    gemma = family in ("gemma2", "gemma3_text")
+    heads = need("num_attention_heads")
+    layers = need("num_hidden_layers")
+    hidden = need("hidden_size")
+    theta, scaling, local_theta = _rope(hf, family)
+    window, sliding = _sliding(hf, family, layers)
+    act = hf.get("hidden_activation" if gemma else "hidden_act") or hf.get("hidden_act") or "silu"
+    acts = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu", "relu2": "relu2"}
+    if act not in acts:
+        raise unknown("hidden_act", act, acts)
+    eos = hf.get("eos_token_id")
+    head_dim = hf.get("head_dim") or hidden // heads
+    scalar = hf.get("query_pre_attn_scalar") if gemma else None
+    bias = bool(hf.get("attention_bias", False))
+    return ModelConfig(
+        family=family,
+        vocab_size=need("vocab_size"),
+        hidden_size=hidden,
+        intermediate_size=need("intermediate_size"),
+        num_layers=layers,
+        num_heads=heads,
+        num_kv_heads=hf.get("num_key_value_heads") or heads,
+        head_dim=head_dim,
+        max_position=hf.get("max_position_embeddings") or 2048,
+        norm_eps=hf.get("rms_norm_eps", 1e-6),
+        activation=acts[act],
+        tied=bool(hf.get("tie_word_embeddings", gemma)),
+        rope_theta=theta,
+        rope_scaling=scaling,
+        rope_local_theta=local_theta,
+        qkv_bias=True if family == "qwen2" else bias,
+        o_bias=bias and family in ("llama", "qwen3", "gemma2", "gemma3_text"),
+        mlp_bias=bool(hf.get("mlp_bias", False)) and family == "llama",
+        qk_norm=family in ("qwen3", "gemma3_text"),
+        sandwich_norm=gemma,
+        norm_plus_one=gemma,
+        embed_scale=float(hidden) ** 0.5 if gemma else 1.0,
+        query_scale=float(scalar) ** -0.5 if scalar else None,
+        attn_softcap=hf.get("attn_logit_softcapping") if family == "gemma2" else None,
+        final_softcap=hf.get("final_logit_softcapping") if gemma else None,
+        sliding_window=window,
+        sliding_layers=sliding,
+        bos_token_id=hf.get("bos_token_id"),
+        eos_token_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
+    )
+
+
+def _rope(hf: dict[str, Any], family: str) -> tuple[float, RopeScaling | None, float | None]:
+    rope = hf.get("rope_parameters") or {}
+    local: float | None = None
+    if "full_attention" in rope:  # one entry per layer type (Gemma 3 as transformers 5 writes it)
+        local = rope.get("sliding_attention", {}).get("rope_theta")
+        rope = rope["full_attention"]
+    if family == "gemma3_text":
+        local = local or hf.get("rope_local_base_freq") or 10000.0
+    default = 1_000_000.0 if family == "gemma3_text" else 10000.0
+    theta = float(rope.get("rope_theta") or hf.get("rope_theta") or default)
+    raw = hf.get("rope_scaling") or rope
+    kind = raw.get("rope_type") or raw.get("type") or "default"
+    if kind == "default":
+        return theta, None, local
+    if kind == "linear":
+        return theta, RopeScaling("linear", float(raw["factor"])), local
+    if kind == "llama3":
+        original = raw.get("original_max_position_embeddings") or hf.get("original_max_position_embeddings") or 8192
+        low, high = float(raw["low_freq_factor"]), float(raw["high_freq_factor"])
+        return theta, RopeScaling("llama3", float(raw["factor"]), low, high, int(original)), local
+    raise unknown("rope type", kind, ("default", "linear", "llama3"))
+
+
+def _sliding(hf: dict[str, Any], family: str, layers: int) -> tuple[int | None, tuple[bool, ...]]:
+    window = hf.get("sliding_window")
+    if window is None or (family in ("qwen2", "qwen3") and not hf.get("use_sliding_window", False)):
+        return None, ()
+    types = hf.get("layer_types")
+    if types is not None:
+        if len(types) != layers:
+            raise InputError(f"config.json layer_types has {len(types)} entries (num_hidden_layers is {layers})")
+        flags = tuple(t == "sliding_attention" for t in types)
+    elif family == "gemma2":
+        flags = tuple(i % 2 == 0 for i in range(layers))
+    elif family == "gemma3_text":
+        pattern = hf.get("sliding_window_pattern") or 6
+        flags = tuple((i + 1) % pattern != 0 for i in range(layers))
+    elif family == "mistral":
+        flags = (True,) * layers
+    elif family in ("qwen2", "qwen3"):
+        flags = tuple(i >= (hf.get("max_window_layers") or 0) for i in range(layers))
+    else:
+        flags = ()
+    return (int(window), flags) if any(flags) else (None, ())
+
+
+def to_hf(c: ModelConfig, dtype: str = "bfloat16") -> dict[str, Any]:
+    """A `config.json` for `transformers`. Raises `InputError` for a decoder that has no HF class."""
+    if c.linear_norm or not c.input_norm:
+        raise InputError("linear_norm or missing layer norms: no transformers class has them (use the llama2.c reader)")
+    gemma = c.family in ("gemma2", "gemma3_text")
+    acts = {"silu": "silu", "gelu_tanh": "gelu_pytorch_tanh", "gelu": "gelu", "relu2": "relu2"}
+    out: dict[str, Any] = {
+        "architectures": [ARCHITECTURES[c.family]],
+        "model_type": c.family,
+        "vocab_size": c.vocab_size,
+        "hidden_size": c.hidden_size,
+        "intermediate_size": c.intermediate_size,
+        "num_hidden_layers": c.num_layers,
+        "num_attention_heads": c.num_heads,
+        "num_key_value_heads": c.num_kv_heads,
+        "head_dim": c.head_dim,
+        "max_position_embeddings": c.max_position,
+        "rms_norm_eps": c.norm_eps,
+        "hidden_activation" if gemma else "hidden_act": acts[c.activation],
+        "tie_word_embeddings": c.tied,
+        "rope_theta": c.rope_theta,
+        "bos_token_id": c.bos_token_id,
+        "eos_token_id": list(c.eos_token_ids) if len(c.eos_token_ids) > 1 else next(iter(c.eos_token_ids), None),
+        "dtype": dtype,
+        "torch_dtype": dtype,  # readers older than transformers 5
+    }
+    if c.rope_scaling is not None:
+        s = c.rope_scaling
+        out["rope_scaling"] = {"rope_type": s.kind, "factor": s.factor}
+        if s.kind == "llama3":
+            out["rope_scaling"] |= {
+                "low_freq_factor": s.low_freq_factor,
+                "high_freq_factor": s.high_freq_factor,
+                "original_max_position_embeddings": s.original_max_position,
+            }
+    if c.family in ("llama", "qwen3", "gemma2", "gemma3_text"):
+        out["attention_bias"] = c.o_bias
+    if c.family == "llama":
+        out["mlp_bias"] = c.mlp_bias
+    if c.sliding_window is not None:
+        out["sliding_window"] = c.sliding_window
+        out["layer_types"] = ["sliding_attention" if s else "full_attention" for s in c.sliding]
+        if c.family in ("qwen2", "qwen3"):
+            out["use_sliding_window"] = True
+    elif c.family == "mistral":
+        out["sliding_window"] = None
+    if gemma:
+        scale = c.query_scale if c.query_scale is not None else c.head_dim**-0.5
+        out["query_pre_attn_scalar"] = round(scale**-2)
+        out["final_logit_softcapping"] = c.final_softcap
+        out["attn_logit_softcapping"] = c.attn_softcap
+    if c.family == "gemma3_text":
+        out["rope_local_base_freq"] = c.rope_local_theta
+    return out

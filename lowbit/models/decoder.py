@@ -1,0 +1,290 @@
+"""The decoder: a pure function of a parameter tree (see `lowbit.tree`) for every family that `ModelConfig` describes.
+
+Weights may be arrays, packed `QTensor`s or training `Latent`s: `qdot` decides. Consecutive layers whose trees have the
+same structure (same formats, same shapes) are stacked and run under one `scan`; the rest are unrolled, so a
+mixed-precision plan costs compile time only where it changes format. What differs between layers but not in
+structure (sliding or full attention) is data of the scan.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange
+from jaxtyping import Array, Bool, Float, Int
+
+from lowbit import tree as trees
+from lowbit.errors import InputError, unknown
+from lowbit.kernels.qdot import qdot
+from lowbit.models.config import ModelConfig, RopeScaling
+from lowbit.tree import Tree
+
+RematPolicy = Literal["none", "full", "dots"]
+REMAT = ("none", "full", "dots")
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["k", "v", "length"], meta_fields=[])
+@dataclasses.dataclass(frozen=True)
+class Cache:
+    """Keys (after RoPE) and values of every layer: `[L, B, S, KV, Dh]`, filled up to `length`."""
+
+    k: Float[Array, "L B S KV Dh"]
+    v: Float[Array, "L B S KV Dh"]
+    length: Int[Array, ""]
+
+
+def init_cache(config: ModelConfig, batch: int, size: int, dtype: Any = jnp.float32) -> Cache:
+    """An empty cache for `size` positions."""
+    shape = (config.num_layers, batch, size, config.num_kv_heads, config.head_dim)
+    return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros((), jnp.int32))
+
+
+def init_params(config: ModelConfig, key: Array, dtype: Any = jnp.float32) -> Tree:
+    """Random weights: normal with std 0.02, residual outputs scaled by `1 / sqrt(2 L)` (GPT-2), norms at identity."""
+    flat = {}
+    residual = (2 * config.num_layers) ** -0.5
+    for i, (path, shape) in enumerate(config.shapes().items()):
+        if len(shape) == 1:
+            fill = 0.0 if path.endswith(".bias") or config.norm_plus_one else 1.0
+            flat[path] = jnp.full(shape, fill, dtype)
+        else:
+            scale = 0.02 * (residual if path.endswith(("o_proj", "down_proj")) else 1.0)
+            flat[path] = (scale * jax.random.normal(jax.random.fold_in(key, i), shape, jnp.float32)).astype(dtype)
+    return trees.build(flat)
+
+
+def rms_norm(
+    x: Float[Array, "*batch D"], scale: Float[Array, " D"] | None, eps: float, plus_one: bool = False
+) -> Float[Array, "*batch D"]:
+    """`x / rms(x) * scale` in float32, cast back; Gemma's scale is `1 + weight` and is applied before the cast."""
+    x32 = x.astype(jnp.float32)
+    y = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
+    if scale is None:
+        return y.astype(x.dtype)
+    if plus_one:
+        return (y * (1.0 + scale.astype(jnp.float32))).astype(x.dtype)
+    return scale.astype(x.dtype) * y.astype(x.dtype)
+
+
+def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None = None) -> np.ndarray:
+    """Inverse frequencies `[head_dim / 2]`, float64 on the host (Llama 3.1's piecewise scaling included)."""
+    freq = theta ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
+    if scaling is None:
+        return freq
+    if scaling.kind == "linear":
+        return freq / scaling.factor
+    wavelength = 2 * np.pi / freq
+    low = scaling.original_max_position / scaling.low_freq_factor
+    high = scaling.original_max_position / scaling.high_freq_factor
+    blend = (scaling.original_max_position / wavelength - scaling.low_freq_factor) / (
+        scaling.high_freq_factor - scaling.low_freq_factor
+    )
+    mixed = (1 - blend) * freq / scaling.factor + blend * freq
+    return np.where(wavelength > low, freq / scaling.factor, np.where(wavelength < high, freq, mixed))
+
+
+def rope(x_BTHD: Float[Array, "B T H D"], angles_BTd: Float[Array, "B T d"]) -> Float[Array, "B T H D"]:
+    """Rotates the two halves of each head (HF convention) by position * frequency."""
+    cos, sin = jnp.cos(angles_BTd)[:, :, None], jnp.sin(angles_BTd)[:, :, None]
+    a, b = jnp.split(x_BTHD.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BTHD.dtype)
+
+
+def attend(
+    q_BTHD: Float[Array, "B T H D"],
+    k_BSKD: Float[Array, "B S K D"],
+    v_BSKD: Float[Array, "B S K D"],
+    mask_BTS: Bool[Array, "B T S"],
+    scale: float,
+    softcap: float | None = None,
+) -> Float[Array, "B T H D"]:
+    """Grouped-query attention with a float32 softmax; `softcap` bounds the logits by `c * tanh(x / c)` (Gemma 2)."""
+    K = k_BSKD.shape[2]
+    q = rearrange(q_BTHD, "B T (K G) D -> B T K G D", K=K)
+    logits = jnp.einsum("BTKGD,BSKD->BKGTS", q, k_BSKD, preferred_element_type=jnp.float32) * scale
+    if softcap is not None:
+        logits = softcap * jnp.tanh(logits / softcap)
+    logits = jnp.where(mask_BTS[:, None, None], logits, jnp.finfo(jnp.float32).min)
+    p = jax.nn.softmax(logits, axis=-1).astype(v_BSKD.dtype)
+    out = jnp.einsum("BKGTS,BSKD->BTKGD", p, v_BSKD)
+    return rearrange(out, "B T K G D -> B T (K G) D")
+
+
+def _activation(config: ModelConfig, x: Array) -> Array:
+    match config.activation:
+        case "silu":
+            return jax.nn.silu(x)
+        case "gelu_tanh":
+            return jax.nn.gelu(x, approximate=True)
+        case "gelu":
+            return jax.nn.gelu(x, approximate=False)
+        case "relu2":
+            return jnp.square(jax.nn.relu(x))
+    raise unknown("activation", config.activation, ("silu", "gelu_tanh", "gelu", "relu2"))
+
+
+def _linear(config: ModelConfig, layer: Tree, name: str, x: Array) -> Array:
+    if config.linear_norm:
+        x = rms_norm(x, None, config.norm_eps)
+    y = qdot(x, layer[name])
+    bias = layer.get(name + ".bias")
+    return y if bias is None else y + bias.astype(y.dtype)
+
+
+def _layer(
+    config: ModelConfig, layer: Tree, x_BTD: Array, masks: Array, angles: Array, kind: Array, kv: Any, start: Any
+) -> tuple[Array, Any]:
+    """One block. `masks` and `angles` hold the full-attention and sliding-window version; `kind` picks one."""
+    norm = partial(rms_norm, eps=config.norm_eps, plus_one=config.norm_plus_one)
+    linear = partial(_linear, config)
+    attn, mlp = layer["self_attn"], layer["mlp"]
+    mask, angle = masks[kind], angles[kind]
+
+    h = norm(x_BTD, layer["input_layernorm"]) if config.input_norm else x_BTD
+    q = rearrange(linear(attn, "q_proj", h), "B T (H D) -> B T H D", D=config.head_dim)
+    k = rearrange(linear(attn, "k_proj", h), "B T (K D) -> B T K D", D=config.head_dim)
+    v = rearrange(linear(attn, "v_proj", h), "B T (K D) -> B T K D", D=config.head_dim)
+    if config.qk_norm:
+        q, k = norm(q, attn["q_norm"]), norm(k, attn["k_norm"])
+    q, k = rope(q, angle), rope(k, angle)
+    if kv is not None:
+        k_all = jax.lax.dynamic_update_slice_in_dim(kv[0], k.astype(kv[0].dtype), start, axis=1)
+        v_all = jax.lax.dynamic_update_slice_in_dim(kv[1], v.astype(kv[1].dtype), start, axis=1)
+        kv = (k_all, v_all)
+        k, v = k_all.astype(q.dtype), v_all.astype(q.dtype)
+    scale = config.query_scale if config.query_scale is not None else config.head_dim**-0.5
+    out = rearrange(attend(q, k, v, mask, scale, config.attn_softcap), "B T H D -> B T (H D)")
+    h = linear(attn, "o_proj", out)
+    if config.sandwich_norm:
+        h = norm(h, layer["post_attention_layernorm"])
+    x_BTD = x_BTD + h
+
+    before_mlp = "pre_feedforward_layernorm" if config.sandwich_norm else "post_attention_layernorm"
+    h = norm(x_BTD, layer[before_mlp]) if config.input_norm else x_BTD
+    h = _activation(config, linear(mlp, "gate_proj", h)) * linear(mlp, "up_proj", h)
+    h = linear(mlp, "down_proj", h)
+    if config.sandwich_norm:
+        h = norm(h, layer["post_feedforward_layernorm"])
+    return x_BTD + h, kv
+
+
+def _runs(layers: Sequence[Tree]) -> list[tuple[int, int]]:
+    """`[start, stop)` of maximal runs of layers with the same structure, shapes and dtypes."""
+    keys = [
+        (jax.tree.structure(t), tuple((a.shape, jnp.dtype(a.dtype)) for a in jax.tree.leaves(t))) for t in layers
+    ]
+    runs, start = [], 0
+    for i in range(1, len(layers) + 1):
+        if i == len(layers) or keys[i] != keys[start]:
+            runs.append((start, i))
+            start = i
+    return runs
+
+
+def _remat(policy: RematPolicy, f: Any) -> Any:
+    match policy:
+        case "none":
+            return f
+        case "full":
+            return jax.checkpoint(f)
+        case "dots":
+            return jax.checkpoint(f, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable)
+    raise unknown("remat policy", policy, REMAT)
+
+
+def hidden_states(
+    params: Tree,
+    tokens_BT: Int[Array, "B T"],
+    config: ModelConfig,
+    *,
+    cache: Cache | None = None,
+    segments_BT: Int[Array, "B T"] | None = None,
+    remat: RematPolicy = "none",
+    dtype: Any = jnp.float32,
+) -> tuple[Float[Array, "B T D"], Cache | None]:
+    """Final hidden states (after the last norm) and the updated cache.
+
+    `segments_BT` gives each token its document: attention does not cross documents (positions keep counting, which
+    RoPE does not see inside a document). Ignored together with a cache.
+    """
+    B, T = tokens_BT.shape
+    start = jnp.zeros((), jnp.int32) if cache is None else cache.length
+    S = T if cache is None else cache.k.shape[2]
+    if cache is None and T > config.max_position:
+        raise InputError(f"sequence of {T} tokens (the model's max_position_embeddings is {config.max_position})")
+    x = embed(params, tokens_BT, config, dtype)
+
+    pos_T, pos_S = start + jnp.arange(T), jnp.arange(S)
+    causal = pos_S[None, :] <= pos_T[:, None]
+    window = config.sliding_window
+    near = causal if window is None else causal & (pos_S[None, :] > pos_T[:, None] - window)
+    masks = jnp.broadcast_to(jnp.stack([causal, near])[:, None], (2, B, T, S))
+    if segments_BT is not None:
+        if cache is not None:
+            raise InputError("segments together with a cache (allowed: one of the two)")
+        masks = masks & (segments_BT[:, :, None] == segments_BT[:, None, :])
+    theta_local = config.rope_local_theta
+    full = rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
+    local = full if theta_local is None else rope_frequencies(config.head_dim, theta_local)
+    freqs = jnp.asarray(np.stack([full, local]), jnp.float32)
+    angles = jnp.broadcast_to(pos_T.astype(jnp.float32)[None, None, :, None] * freqs[:, None, None], (2, B, T, freqs.shape[1]))
+
+    layers = [params["model"]["layers"][str(i)] for i in range(config.num_layers)]
+    kinds = jnp.asarray(config.sliding, jnp.int32)
+    ks, vs = [], []
+
+    def step(x: Array, xs: Any) -> tuple[Array, Any]:
+        layer, kind, kv = xs
+        return _layer(config, layer, x, masks, angles, kind, kv, start)
+
+    step = _remat(remat, step)
+    for a, b in _runs(layers):
+        kv = None if cache is None else (cache.k[a:b], cache.v[a:b])
+        if b - a == 1:
+            x, out = step(x, (layers[a], kinds[a], jax.tree.map(lambda t: t[0], kv)))
+            out = jax.tree.map(lambda t: t[None], out)
+        else:
+            stacked = jax.tree.map(lambda *ls: jnp.stack(ls), *layers[a:b])
+            x, out = jax.lax.scan(step, x, (stacked, kinds[a:b], kv))
+        if cache is not None:
+            ks.append(out[0])
+            vs.append(out[1])
+    x = rms_norm(x, params["model"]["norm"], config.norm_eps, config.norm_plus_one)
+    new = None if cache is None else Cache(jnp.concatenate(ks), jnp.concatenate(vs), start + T)
+    return x, new
+
+
+def embed(params: Tree, tokens_BT: Int[Array, "B T"], config: ModelConfig, dtype: Any) -> Float[Array, "B T D"]:
+    """Rows of the embedding (decoded whole if it is packed), times the family's embedding scale."""
+    table = params["model"]["embed_tokens"]
+    from lowbit.kernels.qdot.api import dense
+
+    x = jnp.take(dense(table), tokens_BT, axis=0).astype(dtype)
+    return x if config.embed_scale == 1.0 else x * jnp.asarray(config.embed_scale, dtype)
+
+
+def head(params: Tree, x_BTD: Float[Array, "*batch D"], config: ModelConfig) -> Float[Array, "*batch V"]:
+    """Logits in float32 of final hidden states."""
+    w = params["model"]["embed_tokens"] if config.tied else params["lm_head"]
+    logits = qdot(x_BTD, w).astype(jnp.float32)
+    if config.final_softcap is not None:
+        logits = config.final_softcap * jnp.tanh(logits / config.final_softcap)
+    return logits
+
+
+def forward(
+    params: Tree,
+    tokens_BT: Int[Array, "B T"],
+    config: ModelConfig,
+    *,
+    segments_BT: Int[Array, "B T"] | None = None,
+    remat: RematPolicy = "none",
+    dtype: Any = jnp.float32,
+) -> Float[Array, "B T V"]:
+    """Logits in float32 for every position. `dtype` is the compute dtype."""
+    x, _ = hidden_states(params, tokens_BT, config, segments_BT=segments_BT, remat=remat, dtype=dtype)
+    return head(params, x, config)
