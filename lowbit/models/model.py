@@ -1,0 +1,59 @@
+"""A model as every command passes it around: configuration, parameters, tokenizer and where it came from."""
+
+import dataclasses
+from functools import partial
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from lowbit.models.config import ModelConfig
+from lowbit.models.decoder import forward
+from lowbit.tree import Tree
+
+
+class Tokenizer(Protocol):
+    """What a model asks of its tokenizer (`lowbit.data.tokenizer` has the implementations)."""
+
+    bos_id: int | None
+    eos_ids: tuple[int, ...]
+    vocab_size: int
+
+    def encode(self, text: str, bos: bool | None = None) -> list[int]:
+        """Token ids; `bos=None` follows the tokenizer's own rule."""
+        ...
+
+    def decode(self, ids: list[int]) -> str:
+        """Text of token ids."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """`params` is a `lowbit.tree` whose leaves are arrays, `QTensor`s, `Latent`s or `QuantizedInput`s.
+
+    `source` is the path or hub id it was read from; `meta` holds what a reader found beyond that (`format`, `dtype`).
+    """
+
+    config: ModelConfig
+    params: Tree
+    tokenizer: Any = None  # a `Tokenizer`, or None
+    source: str = ""
+    meta: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def logits(self, tokens: Any, dtype: Any = jnp.float32) -> Float[Array, "*batch T V"]:
+        """Float32 logits of `tokens` `[T]` or `[B, T]`, computed in `dtype`; compiled once per config and shape."""
+        tokens = jnp.asarray(np.asarray(tokens, np.int32))
+        out = _logits(self.params, tokens if tokens.ndim == 2 else tokens[None], self.config, jnp.dtype(dtype))
+        return out if tokens.ndim == 2 else out[0]
+
+    def replace(self, **changes: Any) -> "Model":
+        """A copy with some fields changed."""
+        return dataclasses.replace(self, **changes)
+
+
+@partial(jax.jit, static_argnames=("config", "dtype"))
+def _logits(params: Tree, tokens_BT: Array, config: ModelConfig, dtype: Any) -> Array:
+    return forward(params, tokens_BT, config, dtype=dtype)
