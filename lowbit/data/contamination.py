@@ -46,7 +46,7 @@ def ngram_hashes(text: str, n: int = NGRAM, keep_every: int = KEEP_EVERY) -> np.
 
 
 def deduplicate(documents: Iterable[str], threshold: float = 0.5, keep_every: int = KEEP_EVERY) -> list[str]:
-    """Drops exact copies (by `document_hash`) and documents of whose sampled 13-grams more than `threshold` came before."""
+    """Drops exact copies (by `document_hash`) and documents of whose sampled 13-grams more than `threshold` are old."""
     seen: set[str] = set()
     grams: set[int] = set()
     kept = []

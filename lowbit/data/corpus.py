@@ -85,7 +85,7 @@ def hub_documents(name: str, split: str = "train", config: str | None = None, fi
     except Exception as e:  # the hub client raises many types, from httpx and its own; each becomes one line
         reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
         raise InputError(
-            f"cannot load data set {name!r} split {split!r}: {reason} (allowed: a reachable data set, or a file instead)"
+            f"cannot load data set {name!r} split {split!r}: {reason} (allowed: a reachable data set, or a file)"
         ) from e
     if first is None or not isinstance(first.get(field), str):
         have = "no rows" if first is None else f"fields {', '.join(sorted(first))}"
