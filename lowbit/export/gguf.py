@@ -1,0 +1,349 @@
+"""Writes GGUF files that llama.cpp loads, through the `gguf` library's writer, one tensor in memory at a time.
+
+Packed weights are translated from their trained codes and scales (`translate`), never from floats. What each tensor
+becomes:
+
+- one-dimensional tensors (norms, biases): F32;
+- embedding and head: a packed one in its own grid's type, a float one in its own dtype (`embedding=` overrides);
+- a block's linears: packed ones in `type`; float ones are quantized fresh to `type` if the model has no packed weight
+  at all (round to nearest, by the lowbit format of that name), else they keep their dtype, because then a plan has
+  decided about them;
+- `overrides`, `(regex, type)` pairs over paths, the first full match wins over all of that.
+
+`type="auto"` is the smallest type that holds each packed tensor exactly; floats keep their dtype.
+"""
+
+import collections
+import dataclasses
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from lowbit import files
+from lowbit.errors import InputError
+from lowbit.export import gguf_arch as arch
+from lowbit.export import translate
+from lowbit.export.gguf_tokenizer import tokenizer_metadata
+from lowbit.export.gguf_types import FLOAT_DTYPES, TYPES, GGMLType, get
+from lowbit.formats import base as formats
+from lowbit.formats.base import Format, Latent, QTensor
+from lowbit.formats.fake_quant import QuantizedInput
+from lowbit.formats.floats import FloatFormat
+from lowbit.models.config import ModelConfig
+from lowbit.models.model import Model
+from lowbit.tree import items
+
+Overrides = Sequence[tuple[str, str]]
+_KEEP = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+_TOP = ("model.embed_tokens", "lm_head")
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """One parameter before it is written: what is known without its values, and how to get them.
+
+    `format` is None for a float tensor of `dtype`; `load` gives the array or the `QTensor`.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+    format: Format | None
+    load: Callable[[], Any]
+
+
+@dataclasses.dataclass
+class Report:
+    """What was written: GGUF types by path, which floats were quantized fresh, and values that a cast rounded."""
+
+    path: str
+    bytes: int = 0
+    types: dict[str, str] = dataclasses.field(default_factory=dict)
+    fresh: list[str] = dataclasses.field(default_factory=list)
+    rounded: dict[str, int] = dataclasses.field(default_factory=dict)
+    notes: list[str] = dataclasses.field(default_factory=list)
+
+
+def write_gguf(
+    model: Model,
+    path: str | Path,
+    type: str = "auto",
+    *,
+    overrides: Overrides = (),
+    embedding: str | None = None,
+    drop_activations: bool = False,
+) -> Report:
+    """Writes `model` to one GGUF v3 file.
+
+    `drop_activations` writes the weights of layers that also quantize their input, whose activation format the file
+    cannot hold. Raises `InputError`, before anything is written, for an architecture, shape, level range or scale that
+    the types cannot hold exactly; it names the tensors.
+    """
+    sources = {p: _source(p, leaf, drop_activations) for p, leaf in items(model.params)}
+    return write_sources(model.config, model.tokenizer, sources, path, type, overrides=overrides, embedding=embedding)
+
+
+def write_sources(
+    config: ModelConfig,
+    tokenizer: Any,
+    sources: Mapping[str, Source],
+    path: str | Path,
+    type: str = "auto",
+    *,
+    overrides: Overrides = (),
+    embedding: str | None = None,
+    name: str = "",
+    static: bool = False,
+) -> Report:
+    """`write_gguf` from sources that are loaded one at a time. `static` picks `auto` types by format alone, where the
+    values are not at hand before they are written; one that does not fit then stops the writing, and no file is left.
+    """
+    import gguf
+
+    arch.check(config)
+    names = arch.tensor_names(config)
+    missing = [p for p in names if p not in sources]
+    if missing or len(sources) != len(names):
+        raise InputError(f"parameters do not match the config: missing {missing[:4]}, extra {_extra(sources, names)}")
+    report = Report(str(path))
+    types = _assign(sources, type, overrides, embedding, static, report)
+    report.types = {p: t.name for p, t in types.items()}
+    if arch.context_length(config) < config.max_position:
+        report.notes.append(
+            f"context_length is the sliding window, {config.sliding_window}: llama.cpp has none for {config.family}"
+        )
+    with files.atomic_path(path) as tmp:
+        w = gguf.GGUFWriter(tmp, arch.ARCHITECTURES[config.family])
+        w.add_type("model")
+        w.add_string("general.name", name or Path(path).stem)
+        w.add_file_type(_file_type(types, sources))
+        if any(t.quantized for t in types.values()):
+            w.add_quantization_version(gguf.GGML_QUANT_VERSION)
+        for key, value in (arch.metadata(config) | tokenizer_metadata(tokenizer, config)).items():
+            _add(w, gguf, key, value)
+        factors = arch.rope_factors(config)
+        if factors is not None:
+            w.add_tensor_info(arch.ROPE_FREQS, factors.shape, factors.dtype, factors.nbytes)
+        for p, gguf_name in names.items():
+            s, t = sources[p], types[p]
+            size = int(np.prod(s.shape)) // t.block * t.bytes
+            # The element shape and a plain type id: the library's own enum does not know Q2_0 yet.
+            w.add_tensor_info(gguf_name, s.shape, np.dtype(np.float32), size, raw_dtype=t.id)  # type: ignore[arg-type]
+        w.write_header_to_file()
+        w.write_kv_data_to_file()
+        w.write_ti_data_to_file()
+        try:
+            if factors is not None:
+                w.write_tensor_data(factors)
+            for p in names:
+                w.write_tensor_data(_bytes(p, sources[p].load(), types[p], config, report))
+        finally:
+            w.close()
+    report.bytes = Path(path).stat().st_size
+    return report
+
+
+# -- what each tensor becomes -----------------------------------------------------------------------------------------
+
+
+def unwrap(path: str, leaf: Any, drop_activations: bool = False) -> Any:
+    """The array or `QTensor` of a leaf; a `Latent` gives its trained codes and scales."""
+    if isinstance(leaf, QuantizedInput):
+        if not drop_activations:
+            raise InputError(
+                f"{path} quantizes its input ({leaf.act.name}), which the file cannot hold "
+                "(allowed: weight formats only, or drop_activations)"
+            )
+        leaf = leaf.w
+    if isinstance(leaf, Latent):
+        leaf = leaf.encode()
+    return leaf.arrays["w"] if isinstance(leaf, QTensor) and isinstance(leaf.format, FloatFormat) else leaf
+
+
+def _source(path: str, leaf: Any, drop_activations: bool) -> Source:
+    leaf = unwrap(path, leaf, drop_activations)
+    if isinstance(leaf, QTensor):
+        return Source(leaf.shape, leaf.dtype, leaf.format, lambda: leaf)
+    return Source(tuple(leaf.shape), str(leaf.dtype), None, lambda: leaf)
+
+
+def _assign(
+    sources: Mapping[str, Source],
+    type: str,
+    overrides: Overrides,
+    embedding: str | None,
+    static: bool,
+    report: Report,
+) -> dict[str, GGMLType]:
+    """The type of every tensor; all that cannot be is raised in one error."""
+    wanted = None if type.lower() == "auto" else get(type)
+    top = None if embedding is None else get(embedding)
+    rules = [(re.compile(r), get(t)) for r, t in overrides]
+    planned = any(s.format is not None for s in sources.values())
+    used, out, bad = set(), {}, []
+    for path, s in sources.items():
+        rule = next((i for i, (r, _) in enumerate(rules) if r.fullmatch(path)), None)
+        if rule is not None:
+            used.add(rule)
+            t = rules[rule][1]
+        elif len(s.shape) == 1:
+            t = TYPES["F32"]
+        elif path in _TOP:
+            t = top or (wanted if wanted and not wanted.quantized and s.format is None else None)
+        elif s.format is None and planned and (wanted is None or wanted.quantized):
+            t = None
+        else:
+            t = wanted
+        try:
+            out[path] = _resolve(path, s, t, static)
+            if s.format is None and out[path].quantized:
+                report.fresh.append(path)
+        except translate.Misfit as e:
+            bad.append(f"{path} {list(s.shape)}{' ' + s.format.name if s.format else ''}: {e}")
+    for i, (rule, _) in enumerate(overrides):
+        if i not in used:
+            raise InputError(
+                f"override {rule!r} matches no tensor (allowed: a regex over paths such as {next(iter(sources))})"
+            )
+    if bad:
+        more = f"; and {len(bad) - 4} more tensors" if len(bad) > 4 else ""
+        raise InputError(f"cannot write {'; '.join(bad[:4])}{more}")
+    return out
+
+
+def _resolve(path: str, s: Source, t: GGMLType | None, static: bool) -> GGMLType:
+    """`t`, or for None the tensor's own type, once it is known to fit. Raises `Misfit`."""
+    if s.format is None:
+        if t is None:
+            if s.dtype not in _KEEP:
+                raise translate.Misfit(f"dtype {s.dtype} (allowed: {', '.join(_KEEP)})")
+            return TYPES[_KEEP[s.dtype]]
+        if t.quantized and len(s.shape) == 1:
+            raise translate.Misfit(f"one-dimensional tensors stay F32 (not {t.name})")
+        if t.quantized:
+            fits = [n for n, o in TYPES.items() if s.shape[1] % o.block == 0]
+            if t.name not in fits:
+                raise translate.Misfit(
+                    f"rows of {s.shape[1]} weights are no multiple of {t.name}'s block of {t.block} "
+                    f"(allowed: {', '.join(fits)})"
+                )
+        return t
+    if t is not None and not t.quantized:
+        return t
+    if static:
+        return t or static_type(s.format, s.shape)
+    g = translate.grid(s.load())
+    if g is None:
+        raise translate.Misfit(f"format {s.format.name} has no integer levels (allowed: F32, or another format)")
+    if t is None:
+        exact = translate.exact_types(g)
+        if not exact:
+            raise translate.Misfit(f"no GGUF block type holds it exactly (allowed: F32; tried {_why(g)})")
+        return TYPES[exact[0]]
+    try:
+        translate.fit(g, t)
+    except translate.Misfit as e:
+        raise translate.Misfit(f"{e} (allowed: {', '.join([*translate.exact_types(g), 'F32'])})") from e
+    return t
+
+
+def _why(g: translate.Grid) -> str:
+    try:
+        translate.fit(g, TYPES["Q8_0"])
+    except translate.Misfit as e:
+        return f"Q8_0: {e}"
+    return "all"
+
+
+def static_type(fmt: Format, shape: tuple[int, ...]) -> GGMLType:
+    """The type that a format's weights usually fit, without their values."""
+    family = fmt.name.split(":")[0]
+    if family.upper() in TYPES:
+        return TYPES[family.upper()]
+    by_family = {"bf16": "BF16", "fp16": "F16", "f32": "F32", "int2": "Q2_0", "int3": "Q4_0", "int4": "Q4_0"}
+    by_family |= {f"int{b}": "Q8_0" for b in range(5, 9)}
+    if family == "ternary":
+        return TYPES["TQ2_0" if shape[1] % 256 == 0 else "Q2_0"]
+    if family not in by_family:
+        raise translate.Misfit(f"format {fmt.name} has no GGUF type (allowed: {', '.join(by_family)}, ternary)")
+    return TYPES[by_family[family]]
+
+
+def _file_type(types: Mapping[str, GGMLType], sources: Mapping[str, Source]) -> int:
+    """The ftype of most weights in the blocks."""
+    count: collections.Counter[str] = collections.Counter()
+    for path, t in types.items():
+        if len(sources[path].shape) == 2 and path not in _TOP:
+            count[t.name] += int(np.prod(sources[path].shape))
+    return TYPES[count.most_common(1)[0][0]].ftype
+
+
+# -- bytes ------------------------------------------------------------------------------------------------------------
+
+
+def _bytes(path: str, leaf: Any, t: GGMLType, config: ModelConfig, report: Report) -> np.ndarray:
+    """A tensor as it lies in the file: uint8, rows in the file's order."""
+    if isinstance(leaf, QTensor) and not t.quantized:
+        leaf = leaf.format.decode(dataclasses.replace(leaf, dtype="float32"))
+    if t.quantized:
+        q = leaf if isinstance(leaf, QTensor) else fresh(leaf, t)
+        try:
+            data = translate.encode(translate.grid(q), t)  # type: ignore[arg-type]
+        except translate.Misfit as e:
+            raise InputError(f"cannot write {path}: {e}") from e
+    else:
+        x = np.asarray(leaf)
+        if not np.isfinite(x.astype(np.float32, copy=False)).all():
+            raise InputError(f"{path} holds NaN or infinite weights (allowed: finite numbers)")
+        if config.norm_plus_one and path.endswith("norm"):
+            x = np.float32(1.0) + x.astype(np.float32)
+        data = _cast(path, x, t, report)
+    data = arch.to_file_rows(data, path, config)
+    return np.ascontiguousarray(data).view(np.uint8).reshape(-1)
+
+
+def fresh(w: Any, t: GGMLType) -> QTensor:
+    """A float weight rounded to nearest in the lowbit format of a GGUF type."""
+    return formats.get(t.format).encode(jnp.asarray(w))
+
+
+def _cast(path: str, x: np.ndarray, t: GGMLType, report: Report) -> np.ndarray:
+    """Floats in a float type. Rounding is counted in the report; what would overflow is refused."""
+    dtype = FLOAT_DTYPES[t.name]
+    if x.dtype == dtype:
+        return x
+    with np.errstate(over="ignore"):
+        y = x.astype(dtype)
+    if t.name == "F32":
+        return y
+    back = y.astype(np.float32)
+    if not np.isfinite(back).all():
+        raise InputError(
+            f"{path} holds {np.abs(x.astype(np.float32)).max():.6g}, beyond {t.name} (allowed: BF16 or F32 for this tensor)"
+        )
+    changed = int((back != x.astype(np.float32)).sum())
+    if changed:
+        report.rounded[path] = changed
+    return y
+
+
+def _extra(sources: Iterable[str], names: Iterable[str]) -> list[str]:
+    return sorted(set(sources) - set(names))[:4]
+
+
+def _add(w: Any, gguf: Any, key: str, value: Any) -> None:
+    V = gguf.GGUFValueType
+    match value:
+        case bool():
+            w.add_key_value(key, value, V.BOOL)
+        case int():
+            w.add_key_value(key, value, V.UINT32)
+        case float():
+            w.add_key_value(key, value, V.FLOAT32)
+        case str():
+            w.add_key_value(key, value, V.STRING)
+        case _:
+            w.add_key_value(key, value, V.ARRAY)
