@@ -198,7 +198,7 @@ def _plain(value: Any, key: str) -> Any:
     )
 
 
-def from_json(cls: type[T], data: dict[str, Any], prefix: str = "") -> T:
+def from_json(cls: type[T], data: Any, prefix: str = "") -> T:
     """Inverse of `to_json`. Raises `InputError` on an unknown key or a value of the wrong type; absent keys default."""
     if not isinstance(data, dict):
         raise InputError(f"config {prefix.rstrip('.') or 'file'} is {data!r} (allowed: an object)")
