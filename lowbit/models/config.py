@@ -125,6 +125,42 @@ class ModelConfig:
         return total
 
 
+# What `transformers` assumes when config.json is silent, where that is not "absent": hub files leave these out.
+_GEMMA_DEFAULTS = {
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "query_pre_attn_scalar": 256,
+    "tie_word_embeddings": True,
+    "sliding_window": 4096,
+    "bos_token_id": 2,
+    "eos_token_id": 1,
+}
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "llama": {"max_position_embeddings": 2048, "bos_token_id": 1, "eos_token_id": 2},
+    "mistral": {
+        "max_position_embeddings": 131072,
+        "num_key_value_heads": 8,
+        "sliding_window": 4096,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    },
+    "qwen2": {"max_position_embeddings": 32768, "sliding_window": 4096, "max_window_layers": 28},
+    "qwen3": {"max_position_embeddings": 32768, "sliding_window": 4096, "max_window_layers": 28, "head_dim": 128},
+    "gemma2": _GEMMA_DEFAULTS
+    | {"max_position_embeddings": 8192, "final_logit_softcapping": 30.0, "attn_logit_softcapping": 50.0},
+    "gemma3_text": _GEMMA_DEFAULTS
+    | {
+        "vocab_size": 262208,
+        "max_position_embeddings": 131072,
+        "sliding_window_pattern": 6,
+        "rope_local_base_freq": 10000.0,
+    },
+}
+_ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu", "relu2": "relu2"}
+
+
 def from_hf(hf: dict[str, Any]) -> ModelConfig:
     """Reads a `config.json`. Raises `InputError` on an architecture or a setting that the decoder does not have."""
     family = hf.get("model_type")
@@ -133,80 +169,103 @@ def from_hf(hf: dict[str, Any]) -> ModelConfig:
         family = "gemma3_text"
     if family not in FAMILIES:
         raise unknown("model_type", family, FAMILIES)
+    hf = _DEFAULTS[family] | hf
 
-    def need(key: str) -> Any:
-        if hf.get(key) is None:
+    def number(key: str, kind: type = int, default: Any = None) -> Any:
+        value = hf.get(key)
+        value = default if value is None else value
+        if value is None:
             raise InputError(f"config.json has no {key!r} (needed for model_type {family!r})")
-        return hf[key]
+        if isinstance(value, bool) or not isinstance(value, int | float) or value != kind(value) or value <= 0:
+            raise InputError(f"config.json: {key} is {value!r} (allowed: a positive {kind.__name__})")
+        return kind(value)
 
+    if hf.get("use_bidirectional_attention"):
+        raise InputError("config.json: use_bidirectional_attention is true (allowed: false, this decoder is causal)")
     gemma = family in ("gemma2", "gemma3_text")
-    heads = need("num_attention_heads")
-    layers = need("num_hidden_layers")
-    hidden = need("hidden_size")
+    hidden, layers, heads = number("hidden_size"), number("num_hidden_layers"), number("num_attention_heads")
+    kv, head_dim = number("num_key_value_heads", default=heads), number("head_dim", default=hidden // heads or None)
+    if heads % kv or head_dim % 2:
+        raise InputError(
+            f"config.json: {heads} heads, {kv} key-value heads, head_dim {head_dim} (allowed: a multiple, an even dim)"
+        )
     theta, scaling, local_theta = _rope(hf, family)
     window, sliding = _sliding(hf, family, layers)
-    act = hf.get("hidden_activation" if gemma else "hidden_act") or hf.get("hidden_act") or "silu"
-    acts = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu", "relu2": "relu2"}
-    if act not in acts:
-        raise unknown("hidden_act", act, acts)
+    act = hf.get("hidden_activation") if gemma else hf.get("hidden_act", "silu")
+    if act not in _ACTIVATIONS:
+        raise unknown("hidden_act", act, _ACTIVATIONS)
     eos = hf.get("eos_token_id")
-    head_dim = hf.get("head_dim") or hidden // heads
-    scalar = hf.get("query_pre_attn_scalar") if gemma else None
-    bias = bool(hf.get("attention_bias", False))
+    bias = bool(hf.get("attention_bias", False)) and family in ("llama", "qwen3", "gemma2", "gemma3_text")
+    ours = hf.get("lowbit", {})
     return ModelConfig(
         family=family,
-        vocab_size=need("vocab_size"),
+        vocab_size=number("vocab_size"),
         hidden_size=hidden,
-        intermediate_size=need("intermediate_size"),
+        intermediate_size=number("intermediate_size"),
         num_layers=layers,
         num_heads=heads,
-        num_kv_heads=hf.get("num_key_value_heads") or heads,
+        num_kv_heads=kv,
         head_dim=head_dim,
-        max_position=hf.get("max_position_embeddings") or 2048,
-        norm_eps=hf.get("rms_norm_eps", 1e-6),
-        activation=acts[act],
-        tied=bool(hf.get("tie_word_embeddings", gemma)),
+        max_position=number("max_position_embeddings"),
+        norm_eps=number("rms_norm_eps", float, 1e-6),
+        activation=_ACTIVATIONS[act],
+        tied=bool(hf.get("tie_word_embeddings", False)),
         rope_theta=theta,
         rope_scaling=scaling,
         rope_local_theta=local_theta,
-        qkv_bias=True if family == "qwen2" else bias,
-        o_bias=bias and family in ("llama", "qwen3", "gemma2", "gemma3_text"),
+        qkv_bias=family == "qwen2" or bias,
+        o_bias=bias,
         mlp_bias=bool(hf.get("mlp_bias", False)) and family == "llama",
         qk_norm=family in ("qwen3", "gemma3_text"),
         sandwich_norm=gemma,
         norm_plus_one=gemma,
         embed_scale=float(hidden) ** 0.5 if gemma else 1.0,
-        query_scale=float(scalar) ** -0.5 if scalar else None,
+        query_scale=number("query_pre_attn_scalar", float) ** -0.5 if gemma else None,
         attn_softcap=hf.get("attn_logit_softcapping") if family == "gemma2" else None,
         final_softcap=hf.get("final_logit_softcapping") if gemma else None,
         sliding_window=window,
         sliding_layers=sliding,
+        input_norm=bool(ours.get("input_norm", True)),
+        linear_norm=bool(ours.get("linear_norm", False)),
         bos_token_id=hf.get("bos_token_id"),
         eos_token_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
     )
 
 
 def _rope(hf: dict[str, Any], family: str) -> tuple[float, RopeScaling | None, float | None]:
+    """`(theta, scaling, theta of sliding layers)`; reads `rope_parameters` and the older flat keys."""
     rope = hf.get("rope_parameters") or {}
-    local: float | None = None
-    if "full_attention" in rope:  # one entry per layer type (Gemma 3 as transformers 5 writes it)
-        local = rope.get("sliding_attention", {}).get("rope_theta")
-        rope = rope["full_attention"]
-    if family == "gemma3_text":
-        local = local or hf.get("rope_local_base_freq") or 10000.0
+    local: float | None = float(hf["rope_local_base_freq"]) if family == "gemma3_text" else None
+    if "full_attention" in rope or "sliding_attention" in rope:  # one entry per layer type
+        sliding = rope.get("sliding_attention") or {}
+        if family != "gemma3_text" or (sliding.get("rope_type") or "default") != "default":
+            raise InputError(
+                f"config.json: rope_parameters of sliding layers {sliding} (allowed: Gemma 3's default type)"
+            )
+        local = float(sliding.get("rope_theta") or local)
+        rope = rope.get("full_attention") or {}
     default = 1_000_000.0 if family == "gemma3_text" else 10000.0
     theta = float(rope.get("rope_theta") or hf.get("rope_theta") or default)
-    raw = hf.get("rope_scaling") or rope
+    raw = {**(hf.get("rope_scaling") or {}), **rope}
     kind = raw.get("rope_type") or raw.get("type") or "default"
+    partial = raw.get("partial_rotary_factor") or hf.get("partial_rotary_factor") or 1.0
+    if partial != 1.0:
+        raise InputError(f"config.json: partial_rotary_factor is {partial} (allowed: 1.0)")
     if kind == "default":
         return theta, None, local
+    if kind not in ("linear", "llama3"):
+        raise unknown("rope type", kind, ("default", "linear", "llama3"))
+    keys = ("factor",) if kind == "linear" else ("factor", "low_freq_factor", "high_freq_factor")
+    for key in keys:
+        if not isinstance(raw.get(key), int | float) or raw[key] <= 0:
+            raise InputError(
+                f"config.json: {key} of rope type {kind!r} is {raw.get(key)!r} (allowed: a positive number)"
+            )
     if kind == "linear":
         return theta, RopeScaling("linear", float(raw["factor"])), local
-    if kind == "llama3":
-        original = raw.get("original_max_position_embeddings") or hf.get("original_max_position_embeddings") or 8192
-        low, high = float(raw["low_freq_factor"]), float(raw["high_freq_factor"])
-        return theta, RopeScaling("llama3", float(raw["factor"]), low, high, int(original)), local
-    raise unknown("rope type", kind, ("default", "linear", "llama3"))
+    original = raw.get("original_max_position_embeddings") or hf.get("original_max_position_embeddings") or 8192
+    low, high = float(raw["low_freq_factor"]), float(raw["high_freq_factor"])
+    return theta, RopeScaling("llama3", float(raw["factor"]), low, high, int(original)), local
 
 
 def _sliding(hf: dict[str, Any], family: str, layers: int) -> tuple[int | None, tuple[bool, ...]]:
@@ -214,30 +273,34 @@ def _sliding(hf: dict[str, Any], family: str, layers: int) -> tuple[int | None, 
     if window is None or (family in ("qwen2", "qwen3") and not hf.get("use_sliding_window", False)):
         return None, ()
     types = hf.get("layer_types")
-    if types is not None:
+    if family == "llama":
+        flags = ()
+    elif family == "mistral":
+        flags = (True,) * layers
+    elif types is not None:
         if len(types) != layers:
             raise InputError(f"config.json layer_types has {len(types)} entries (num_hidden_layers is {layers})")
+        for t in types:
+            if t not in ("sliding_attention", "full_attention"):
+                raise unknown("layer type", t, ("sliding_attention", "full_attention"))
         flags = tuple(t == "sliding_attention" for t in types)
     elif family == "gemma2":
         flags = tuple(i % 2 == 0 for i in range(layers))
     elif family == "gemma3_text":
-        pattern = hf.get("sliding_window_pattern") or 6
-        flags = tuple((i + 1) % pattern != 0 for i in range(layers))
-    elif family == "mistral":
-        flags = (True,) * layers
-    elif family in ("qwen2", "qwen3"):
-        flags = tuple(i >= (hf.get("max_window_layers") or 0) for i in range(layers))
+        flags = tuple((i + 1) % hf["sliding_window_pattern"] != 0 for i in range(layers))
     else:
-        flags = ()
+        flags = tuple(i >= hf["max_window_layers"] for i in range(layers))
     return (int(window), flags) if any(flags) else (None, ())
 
 
-def to_hf(c: ModelConfig, dtype: str = "bfloat16") -> dict[str, Any]:
-    """A `config.json` for `transformers`. Raises `InputError` for a decoder that has no HF class."""
-    if c.linear_norm or not c.input_norm:
-        raise InputError("linear_norm or missing layer norms: no transformers class has them (use the llama2.c reader)")
+def to_hf(c: ModelConfig, dtype: str = "bfloat16", native: bool = False) -> dict[str, Any]:
+    """A `config.json` for `transformers`.
+
+    With `native`, one that only lowbit needs to read: it may hold what no transformers class has. Raises `InputError`
+    when the file would not describe this decoder, naming the fields.
+    """
     gemma = c.family in ("gemma2", "gemma3_text")
-    acts = {"silu": "silu", "gelu_tanh": "gelu_pytorch_tanh", "gelu": "gelu", "relu2": "relu2"}
+    names = {ours: theirs for theirs, ours in _ACTIVATIONS.items()}
     out: dict[str, Any] = {
         "architectures": [ARCHITECTURES[c.family]],
         "model_type": c.family,
@@ -250,7 +313,7 @@ def to_hf(c: ModelConfig, dtype: str = "bfloat16") -> dict[str, Any]:
         "head_dim": c.head_dim,
         "max_position_embeddings": c.max_position,
         "rms_norm_eps": c.norm_eps,
-        "hidden_activation" if gemma else "hidden_act": acts[c.activation],
+        "hidden_activation" if gemma else "hidden_act": names[c.activation],
         "tie_word_embeddings": c.tied,
         "rope_theta": c.rope_theta,
         "bos_token_id": c.bos_token_id,
@@ -271,18 +334,25 @@ def to_hf(c: ModelConfig, dtype: str = "bfloat16") -> dict[str, Any]:
         out["attention_bias"] = c.o_bias
     if c.family == "llama":
         out["mlp_bias"] = c.mlp_bias
-    if c.sliding_window is not None:
+    if c.family != "llama":
         out["sliding_window"] = c.sliding_window
+    if c.sliding_window is not None and c.family != "mistral":  # Mistral slides everywhere
         out["layer_types"] = ["sliding_attention" if s else "full_attention" for s in c.sliding]
-        if c.family in ("qwen2", "qwen3"):
-            out["use_sliding_window"] = True
-    elif c.family == "mistral":
-        out["sliding_window"] = None
+    if c.family in ("qwen2", "qwen3"):
+        out["use_sliding_window"] = c.sliding_window is not None
     if gemma:
-        scale = c.query_scale if c.query_scale is not None else c.head_dim**-0.5
-        out["query_pre_attn_scalar"] = round(scale**-2)
+        out["query_pre_attn_scalar"] = round((c.query_scale or c.head_dim**-0.5) ** -2)
         out["final_logit_softcapping"] = c.final_softcap
         out["attn_logit_softcapping"] = c.attn_softcap
     if c.family == "gemma3_text":
         out["rope_local_base_freq"] = c.rope_local_theta
+    if native and (c.linear_norm or not c.input_norm):
+        out["lowbit"] = {"input_norm": c.input_norm, "linear_norm": c.linear_norm}
+    back = from_hf(out)
+    same = dataclasses.replace(c, sliding_layers=c.sliding if c.sliding_window else ())
+    if gemma and c.query_scale is None:
+        same = dataclasses.replace(same, query_scale=c.head_dim**-0.5)
+    lost = [f.name for f in dataclasses.fields(c) if getattr(back, f.name) != getattr(same, f.name)]
+    if lost:
+        raise InputError(f"{ARCHITECTURES[c.family]} cannot have this decoder's {', '.join(lost)} (they would be lost)")
     return out

@@ -174,9 +174,7 @@ def _layer(
 
 def _runs(layers: Sequence[Tree]) -> list[tuple[int, int]]:
     """`[start, stop)` of maximal runs of layers with the same structure, shapes and dtypes."""
-    keys = [
-        (jax.tree.structure(t), tuple((a.shape, jnp.dtype(a.dtype)) for a in jax.tree.leaves(t))) for t in layers
-    ]
+    keys = [(jax.tree.structure(t), tuple((a.shape, jnp.dtype(a.dtype)) for a in jax.tree.leaves(t))) for t in layers]
     runs, start = [], 0
     for i in range(1, len(layers) + 1):
         if i == len(layers) or keys[i] != keys[start]:
@@ -231,7 +229,9 @@ def hidden_states(
     full = rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
     local = full if theta_local is None else rope_frequencies(config.head_dim, theta_local)
     freqs = jnp.asarray(np.stack([full, local]), jnp.float32)
-    angles = jnp.broadcast_to(pos_T.astype(jnp.float32)[None, None, :, None] * freqs[:, None, None], (2, B, T, freqs.shape[1]))
+    angles = jnp.broadcast_to(
+        pos_T.astype(jnp.float32)[None, None, :, None] * freqs[:, None, None], (2, B, T, freqs.shape[1])
+    )
 
     layers = [params["model"]["layers"][str(i)] for i in range(config.num_layers)]
     kinds = jnp.asarray(config.sliding, jnp.int32)

@@ -293,7 +293,7 @@ def _read_bit(cur: _Cursor, h: _Header) -> dict[str, Any]:
     c = h.config
     flat: dict[str, Any] = {"model.norm": cur.take("<f4", c.hidden_size)}
     flat["model.embed_tokens"] = cur.take("<f4", c.vocab_size, c.hidden_size)
-    fmt, act = formats.get("ternary:tensor:f32"), get_act("int8:token")
+    fmt, act = formats.get("ternary:tensor:f32"), get_act("int8:token:bitnet")
     values = np.array([0, 1, 9, -1], np.int32)
     for m in MATRICES:
         out, inner = c.linear_shapes()[m]

@@ -121,7 +121,8 @@ class Shards:
 class ShardWriter:
     """Writes tensors as they come into `folder`, starting a new shard before `max_bytes` is exceeded.
 
-    A safetensors header precedes its data but is known only at the end, so each shard's data is spooled to a file first.
+    A safetensors header precedes its data but is known only at the end, so each shard's data is
+    spooled to a file first.
     """
 
     def __init__(self, folder: Path, max_bytes: int):
@@ -130,7 +131,7 @@ class ShardWriter:
         self._begin()
 
     def _begin(self) -> None:
-        self._spool = open(self.folder / f".spool{len(self._done)}", "wb")  # noqa: SIM115
+        self._spool = open(self.folder / f".spool{len(self._done)}", "wb")
         self._header: dict[str, Any] = {}
 
     def _end(self) -> None:

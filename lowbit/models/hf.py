@@ -1,0 +1,327 @@
+"""Hugging Face folders: `config.json`, safetensors, tokenizer files; plain weights or our packed ones.
+
+A packed folder stores every `QTensor` as it is: the tensors `PATH.NAME` are its arrays, and `config.json` says which
+format each path has,
+
+    "quantization_config": {"quant_method": "lowbit", "version": 1, "formats": {PATH: FORMAT, ...},
+                            "dtypes": {PATH: dtype of the decoded weight, ...},
+                            "inputs": {PATH: activation format, ...}}
+
+so loading gives the same codes and scales back bit for bit.
+"""
+
+import functools
+import json
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lowbit import tree as trees
+from lowbit.errors import InputError, unknown
+from lowbit.formats import base as formats
+from lowbit.formats.base import Latent, QTensor
+from lowbit.formats.fake_quant import QuantizedInput, get_act
+from lowbit.models.config import ModelConfig, from_hf, to_hf
+from lowbit.models.model import Model
+from lowbit.models.shards import INDEX, Shards, ShardWriter, atomic_folder, read_json, require_finite, some
+
+SHARD_BYTES = 5_000_000_000
+FLOATS = {"float32": np.dtype("float32"), "float16": np.dtype("float16"), "bfloat16": np.dtype(jnp.bfloat16)}
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+VERSION = 1
+# Tensors that some checkpoints carry and that the decoder computes, ties or has no use for.
+_HARMLESS = re.compile(r".*rotary_emb\.inv_freq|.*\.(attn|attention)\.(masked_)?bias")
+_VISION = re.compile(r"(model\.)?(vision_tower|multi_modal_projector|vision_model)\..*")
+
+
+def load_hf(folder: str | Path) -> Model:
+    """The model of a folder, weights in the dtype they are stored in (computation casts), packed ones as `QTensor`s.
+
+    Peak memory is the model plus one tensor. Raises `InputError` for a missing or unreadable file, missing, misshaped
+    or unknown tensors, NaN or infinite weights, and architectures or settings that the decoder does not have.
+    """
+    folder = Path(folder)
+    raw, config, quant = _read_config(folder)
+    flat = {path: _to_device(leaf) for path, leaf in _leaves(folder, config, quant)}
+    dtypes = sorted({str(v.dtype) for v in flat.values() if not isinstance(v, QTensor | QuantizedInput)})
+    meta = {"format": "hf-packed" if quant else "hf", "dtype": raw.get("dtype") or raw.get("torch_dtype") or dtypes[0]}
+    return Model(config, trees.build(flat), _tokenizer(folder), str(folder), meta)
+
+
+def load_config(folder: str | Path) -> ModelConfig:
+    """The configuration alone: reads no weights."""
+    return _read_config(Path(folder))[1]
+
+
+def iter_tensors(folder: str | Path) -> Iterator[tuple[str, Any]]:
+    """`(path, array)` of every parameter in the model's order (embedding, layer by layer, norm, head), one in memory.
+
+    Arrays are numpy in their stored dtype; packed weights come as `QTensor`s. The same checks as `load_hf`.
+    """
+    folder = Path(folder)
+    _, config, quant = _read_config(folder)
+    return _leaves(folder, config, quant)
+
+
+def save_hf(
+    model: Model,
+    folder: str | Path,
+    dtype: str | None = "bfloat16",
+    packed: bool = False,
+    max_shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Writes `config.json`, `generation_config.json`, safetensors and the tokenizer; nothing half-written is left.
+
+    Float weights are cast to `dtype` (None: kept as they are). With `packed=False` quantized weights are decoded, so
+    that `transformers` reads the folder; with `packed=True` they are stored as they are, for `load_hf`. Raises
+    `InputError` when `transformers` cannot have the decoder, on values that `dtype` cannot hold, and on a full disk.
+    """
+    if dtype is not None and dtype not in FLOATS:
+        raise unknown("dtype", dtype, FLOATS)
+    with atomic_folder(folder) as tmp:
+        writer = HfWriter(tmp, model.config, dtype, packed, max_shard_bytes)
+        for path, leaf in trees.items(model.params):
+            writer.add(path, leaf)
+        writer.close()
+        _write_tokenizer(model, tmp)
+
+
+class HfWriter:
+    """Writes a folder leaf by leaf, for a quantizer that never holds the whole model (see `save_hf` for the options).
+
+    Use inside `atomic_folder`; `close` checks that every parameter of the configuration came once.
+    """
+
+    def __init__(
+        self, folder: Path, config: ModelConfig, dtype: str | None, packed: bool, max_shard_bytes: int = SHARD_BYTES
+    ):
+        self.folder, self.config, self.dtype, self.packed = folder, config, dtype, packed
+        self.shards = ShardWriter(folder, max_shard_bytes)
+        self.formats: dict[str, str] = {}
+        self.dtypes: dict[str, str] = {}
+        self.inputs: dict[str, str] = {}
+        self.seen: dict[str, str] = {}
+        to_hf(config, dtype or "float32", native=packed)  # fails before anything is written
+
+    def add(self, path: str, leaf: Any) -> None:
+        """Appends one parameter: an array, `QTensor`, `Latent` or `QuantizedInput`."""
+        if path in self.seen:
+            raise InputError(f"parameter {path} twice (allowed: once)")
+        if isinstance(leaf, QuantizedInput):
+            if self.packed:
+                self.inputs[path] = leaf.act.name
+            leaf = leaf.w
+        if isinstance(leaf, Latent):
+            leaf = leaf.encode() if self.packed else leaf.value()
+        if isinstance(leaf, QTensor) and self.packed:
+            self.formats[path], self.dtypes[path] = leaf.format.name, leaf.dtype
+            self.seen[path] = leaf.dtype
+            for name, a in leaf.arrays.items():
+                self.shards.add(f"{path}.{name}", np.asarray(a))
+            return
+        a = np.asarray(leaf.decode() if isinstance(leaf, QTensor) else leaf)
+        require_finite(a, path, "cannot save")
+        if self.dtype is not None:
+            with np.errstate(over="ignore"):
+                a = a.astype(FLOATS[self.dtype])
+            require_finite(a, path, f"cannot save as {self.dtype}")
+        self.seen[path] = str(a.dtype)
+        self.shards.add(tensor_name(path), a)
+
+    def close(self) -> None:
+        """Finishes the weights and writes the two configuration files."""
+        wanted = self.config.shapes()
+        _require_same(set(wanted), set(self.seen), "the model to save")
+        self.shards.close()
+        dtype = self.dtype or self.seen["model.embed_tokens"]
+        out = to_hf(self.config, dtype, native=self.packed)
+        if self.packed:
+            out["quantization_config"] = {
+                "quant_method": "lowbit",
+                "version": VERSION,
+                "formats": self.formats,
+                "dtypes": self.dtypes,
+                "inputs": self.inputs,
+            }
+        generation = {k: out[k] for k in ("bos_token_id", "eos_token_id")} | {"_from_model_config": True}
+        _write_json(self.folder / "config.json", out)
+        _write_json(self.folder / "generation_config.json", generation)
+
+
+def resolve(source: str | Path) -> Path:
+    """The local folder of a model: `source` itself, or the hub snapshot of `owner/name` or `owner/name@revision`.
+
+    Downloads only configuration, safetensors and tokenizer files; with `HF_HUB_OFFLINE=1` only looks in the cache.
+    Raises `InputError`.
+    """
+    path = Path(source)
+    if path.is_dir():
+        return path
+    m = re.fullmatch(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", str(source))
+    if m is None or path.exists():
+        raise InputError(f"no model {str(source)!r} (allowed: a local folder, or a hub id such as owner/name)")
+    import httpx
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    patterns = ["*.safetensors", INDEX, "*.json", "tokenizer.model", "merges.txt", "*.jinja"]
+    try:
+        return Path(snapshot_download(m[1], revision=m[2], allow_patterns=patterns))
+    except (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+        httpx.HTTPError,
+        OSError,
+    ) as e:
+        why = " ".join(str(e).split())[:200] or type(e).__name__
+        raise InputError(f"no folder {str(source)!r}, and the hub gave no model of that name: {why}") from e
+
+
+def tensor_name(path: str) -> str:
+    """The HF tensor name of a parameter path."""
+    return path if path.endswith(".bias") else path + ".weight"
+
+
+# -- reading ----------------------------------------------------------------------------------------------------------
+
+
+def _read_config(folder: Path) -> tuple[dict[str, Any], ModelConfig, dict[str, Any] | None]:
+    if not folder.is_dir():
+        raise InputError(f"no folder {folder} (allowed: a folder with config.json and safetensors)")
+    raw = read_json(folder / "config.json")
+    quant = raw.get("quantization_config")
+    if quant is not None:
+        method = quant.get("quant_method") if isinstance(quant, dict) else quant
+        if method != "lowbit":
+            raise unknown("quant_method in config.json", method, ("lowbit",))
+        if quant.get("version") != VERSION:
+            raise InputError(f"config.json: packed version {quant.get('version')!r} (allowed: {VERSION})")
+    return raw, from_hf(raw), quant
+
+
+def _leaves(folder: Path, config: ModelConfig, quant: dict[str, Any] | None) -> Iterator[tuple[str, Any]]:
+    """Checks names and shapes against the configuration, then reads leaf by leaf."""
+    shards = Shards(folder)
+    fmts = {path: formats.get(name) for path, name in (quant or {}).get("formats", {}).items()}
+    acts = {path: get_act(name) for path, name in (quant or {}).get("inputs", {}).items()}
+    dtypes = (quant or {}).get("dtypes", {})
+    for path, dtype in dtypes.items():
+        if dtype not in FLOATS:
+            raise unknown(f"dtype of {path} in config.json", dtype, FLOATS)
+    shapes = config.shapes()
+    if stray := sorted(p for p in {**fmts, **acts} if len(shapes.get(p, ())) != 2):
+        raise InputError(f"config.json gives formats to what is no matrix of the model: {some(stray)}")
+
+    rename = _renamer(shards)
+    where: dict[str, dict[str, str]] = {}  # path -> {array name, "" for a plain weight: tensor name}
+    expected: dict[str, tuple[tuple[int, ...], str | None]] = {}  # tensor name -> shape, dtype
+    for path, shape in shapes.items():
+        if path in fmts:
+            arrays = _stored_arrays(fmts[path], shape)
+            where[path] = {name: f"{path}.{name}" for name in arrays}
+            expected |= {f"{path}.{name}": (a.shape, str(a.dtype)) for name, a in arrays.items()}
+        else:
+            where[path] = {"": rename(tensor_name(path))}
+            expected[where[path][""]] = (shape, None)
+    _check(folder, config, shards, expected)
+
+    for path, shape in shapes.items():
+        if path in fmts:
+            arrays = {name: jnp.asarray(shards.read(n)) for name, n in where[path].items()}
+            leaf: Any = QTensor(arrays, fmts[path], (shape[0], shape[1]), dtypes.get(path, "float32"))
+        else:
+            leaf = shards.read(where[path][""])
+        yield path, QuantizedInput(leaf, acts[path]) if path in acts else leaf
+
+
+@functools.cache
+def _stored_arrays(fmt: formats.Format, shape: tuple[int, ...]) -> dict[str, jax.ShapeDtypeStruct]:
+    """What a packed weight of this shape consists of. Raises `FormatError` if the format cannot hold it."""
+    return jax.eval_shape(lambda w: fmt.encode(w).arrays, jax.ShapeDtypeStruct(shape, jnp.float32))
+
+
+def _check(
+    folder: Path, config: ModelConfig, shards: Shards, expected: dict[str, tuple[tuple[int, ...], str | None]]
+) -> None:
+    """Raises `InputError` unless the folder has exactly the expected tensors, give or take the harmless ones."""
+    if missing := [n for n in expected if n not in shards]:
+        raise InputError(f"{folder} lacks {len(missing)} tensors that its config.json needs: {some(missing)}")
+    wrapped = any("language_model." in n for n in expected)
+
+    def harmless(name: str) -> bool:
+        tied = config.tied and name.endswith("lm_head.weight")
+        return tied or bool(_HARMLESS.fullmatch(name)) or (wrapped and bool(_VISION.fullmatch(name)))
+
+    if extra := sorted(n for n in shards if n not in expected and not harmless(n)):
+        raise InputError(f"{folder} has {len(extra)} tensors that its config.json does not explain: {some(extra)}")
+    for name, (shape, dtype) in expected.items():
+        if shards.shape(name) != shape:
+            found, wanted = list(shards.shape(name)), list(shape)
+            raise InputError(f"{folder}: tensor {name} has shape {found} (config.json needs {wanted})")
+        allowed = [dtype] if dtype else list(FLOATS)
+        if str(shards.dtype(name)) not in allowed:
+            raise InputError(f"{folder}: tensor {name} has dtype {shards.dtype(name)} (allowed: {', '.join(allowed)})")
+
+
+def _renamer(shards: Shards) -> Callable[[str], str]:
+    """How the text part's tensors are called: multimodal wrappers put `language_model` somewhere in front."""
+    if "language_model.model.embed_tokens.weight" in shards:
+        return lambda name: f"language_model.{name}"
+    if "model.language_model.embed_tokens.weight" in shards:
+        return lambda name: re.sub(r"^model\.", "model.language_model.", name)
+    return lambda name: name
+
+
+def _to_device(leaf: Any) -> Any:
+    return jnp.asarray(leaf) if isinstance(leaf, np.ndarray) else leaf
+
+
+def _tokenizer(folder: Path) -> Any:
+    from lowbit.data.tokenizer import Tokenizer
+
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+        return None
+    return Tokenizer.from_dir(folder)
+
+
+# -- writing ----------------------------------------------------------------------------------------------------------
+
+
+def _require_same(wanted: set[str], found: set[str], where: str) -> None:
+    if missing := sorted(wanted - found):
+        raise InputError(f"{where} lacks {len(missing)} parameters: {some(missing)}")
+    if extra := sorted(found - wanted):
+        raise InputError(f"{where} has {len(extra)} parameters that its config does not explain: {some(extra)}")
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def _write_tokenizer(model: Model, folder: Path) -> None:
+    """The files of the folder that the model came from if they are still there, else the tokenizer's own."""
+    source = Path(model.source)
+    kept = [source / n for n in TOKENIZER_FILES if (source / n).is_file()] if model.source and source.is_dir() else []
+    if kept:
+        for p in kept:
+            shutil.copyfile(p, folder / p.name)
+    elif model.tokenizer is not None:
+        model.tokenizer.save(folder)
