@@ -322,7 +322,7 @@ def _cast(path: str, x: np.ndarray, t: GGMLType, report: Report) -> np.ndarray:
     back = y.astype(np.float32)
     if not np.isfinite(back).all():
         raise InputError(
-            f"{path} holds {np.abs(x.astype(np.float32)).max():.6g}, beyond {t.name} (allowed: BF16 or F32 for this tensor)"
+            f"{path} holds {np.abs(x.astype(np.float32)).max():.6g}, beyond {t.name} (allowed: BF16 or F32 here)"
         )
     changed = int((back != x.astype(np.float32)).sum())
     if changed:

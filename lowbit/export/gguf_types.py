@@ -66,7 +66,7 @@ def get(name: str) -> GGMLType:
     return TYPES[name.upper()]
 
 
-# -- bytes of a block: codes are uint8 [..., block], results [..., code bytes] ------------------------------------------
+# -- bytes of a block: codes are uint8 [..., block], results [..., code bytes] -------------------------------------
 
 
 def _pack_nibbles(c: np.ndarray) -> np.ndarray:
