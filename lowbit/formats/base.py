@@ -76,6 +76,26 @@ def stored_bytes(a: Any) -> int:
     raise FormatError(f"array of dtype {dtype} has no defined stored size (allowed: whole-byte dtypes)")
 
 
+@dataclasses.dataclass(frozen=True)
+class Affine:
+    """Codes and scales of an affine format on the host: `w = (codes - zero) * scale + offset`, in float32, exactly.
+
+    `codes` int32 `[O, I]`; `scale`, `zero`, `offset` float32 `[O, G]`, column `j` belongs to group `j // group`.
+    `zero` is 0 for symmetric formats and `offset` is 0 for all but min-based ones (q4_1); never are both non-zero.
+    """
+
+    codes: np.ndarray
+    scale: np.ndarray
+    zero: np.ndarray
+    offset: np.ndarray
+    group: int
+
+    def decode(self) -> np.ndarray:
+        """float32 `[O, I]`."""
+        scale, zero, offset = (np.repeat(a, self.group, axis=1) for a in (self.scale, self.zero, self.offset))
+        return (self.codes.astype(np.float32) - zero) * scale + offset
+
+
 @partial(jax.tree_util.register_dataclass, data_fields=["w", "params"], meta_fields=["format"])
 @dataclasses.dataclass(frozen=True)
 class Latent:
@@ -98,7 +118,7 @@ class Latent:
         return self.format.encode(self.w, self.params or self.dynamic_params())
 
     def dynamic_params(self) -> Params:
-        return jax.lax.stop_gradient(self.format.init(self.w))
+        return jax.lax.stop_gradient(self.format.init(self.w.astype(jnp.float32)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,8 +175,15 @@ class Format:
         """Cotangents of `fake_quant` for `w` and `params`; the policy (clip, scale gradient) is the format's own."""
         raise TypeError(f"{self.name} has no gradient")
 
-    def affine(self, q: QTensor) -> tuple[np.ndarray, np.ndarray, np.ndarray, int] | None:
-        """`(codes [O, I], scale [O, G], zero [O, G], group)` with `w = (codes - zero) * scale`, or None if not affine.
+    def check_values(self, w_OI: Float[Array, "O I"], params: Params) -> None:
+        """Raises `FormatError` when these weights or parameters cannot be stored. Called with concrete arrays only:
+        a traced program cannot raise, there NaN propagates and an overflowing scale saturates."""
+        if not bool(jnp.isfinite(w_OI).all()):
+            row, col = np.argwhere(~np.isfinite(np.asarray(w_OI)))[0]
+            raise FormatError(f"{self.name}: weight [{row}, {col}] is {w_OI[row, col]} (must be finite)")
+
+    def affine(self, q: QTensor) -> Affine | None:
+        """Codes and scales as numpy arrays, or None if the format is not affine.
 
         What exporters translate into a runtime's own layout without re-quantizing.
         """
@@ -165,10 +192,17 @@ class Format:
     # -- composed, never overridden ---------------------------------------------------------------------------------
 
     def encode(self, w_OI: Float[Array, "O I"], params: Params | None = None) -> QTensor:
-        """Packs `w`; `params` default to `init(w)`. Raises `FormatError` on a shape that does not fit."""
+        """Packs `w`; `params` default to `init(w)`.
+
+        Raises `FormatError` on a shape that does not fit and, outside of jit, on values that cannot be stored (NaN,
+        infinity, a scale beyond the storage type).
+        """
         self.check(w_OI.shape)
         w32 = w_OI.astype(jnp.float32)
-        stored = self.stored(self.init(w32) if params is None else params)
+        params = self.init(w32) if params is None else params
+        if not any(isinstance(a, jax.core.Tracer) for a in jax.tree.leaves((w32, params))):
+            self.check_values(w32, params)
+        stored = self.stored(params)
         arrays = self.pack(self.quantize(w32, stored), stored)
         return QTensor(arrays, self, tuple(w_OI.shape), str(w_OI.dtype))
 

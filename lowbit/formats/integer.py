@@ -1,0 +1,402 @@
+"""Uniform integer grids: `Uniform`, which ternary and ggml's simple types build on, and `int1` .. `int8`.
+
+    codes = clip(rne(w / s) + z, lo, hi)          w_hat = (codes - z) * s
+
+The contract is division by the *stored* scale, half to even. Scales are rounded to their storage type (fp16 unless the
+name says otherwise) before any code is chosen, and never reach 0.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange, repeat
+from jaxtyping import Array, Float, Int
+
+from lowbit.errors import unknown
+from lowbit.formats.base import Affine, Format, FormatError, Params, QTensor, register
+from lowbit.formats.fake_quant import Clip, inside, uniform_gradients
+from lowbit.formats.floats import LARGEST, SMALLEST_SCALE, STORAGE, power_of_two, round_to
+from lowbit.formats.packing import pack, unpack
+
+# Factors on the absmax (or min-max) scale that `:mse` tries; 1.0 is among them, so it never loses to no search.
+SHRINK = np.linspace(0.4, 1.15, 31, dtype=np.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Uniform(Format):
+    """Integer levels `lo..hi` times one scale per tensor, row (`channel`) or group of columns, minus a zero point.
+
+    Stored: codes as a dense `bits`-wide stream per row, `scale` in `storage`, and for asymmetric grids `zero` as a
+    `bits`-wide stream. Bits per weight: `bits + (16 + zero bits) / group`. Trainable: `scale` (and `zero`), float32
+    `[O, G]`, `[O, 1]` or `[1, 1]`; their rounding to what is stored is straight-through. `clip` is the gradient policy
+    (see `lowbit.formats.fake_quant`).
+    """
+
+    granularity: str | int = "channel"
+    storage: str = "fp16"
+    clip: Clip = "none"
+
+    # -- the grid: what a subclass declares -------------------------------------------------------------------------
+
+    @property
+    def bits(self) -> int:
+        raise TypeError(f"{type(self).__name__} has no bits")
+
+    @property
+    def levels(self) -> tuple[int, int]:
+        """`(lo, hi)` of the codes."""
+        raise TypeError(f"{type(self).__name__} has no levels")
+
+    @property
+    def has_zero(self) -> bool:
+        return False
+
+    @property
+    def signed_scale(self) -> bool:
+        return False
+
+    def fit(self, w_OGK: Float[Array, "O G K"]) -> Params:
+        """Unrounded `scale` (and `zero`), `[O, G]` or `[1, 1]`."""
+        raise TypeError(f"{self.name} has no fit")
+
+    @property
+    def searched(self) -> bool:
+        """Whether `init` searches a shrink factor of the fitted scale for the least squared error."""
+        return False
+
+    # -- groups -----------------------------------------------------------------------------------------------------
+
+    def group(self, shape: tuple[int, ...]) -> int:
+        """Columns that share a scale."""
+        return self.granularity if isinstance(self.granularity, int) else shape[1]
+
+    def params_span(self, shape: tuple[int, int]) -> int:
+        return self.group(shape)
+
+    def check(self, shape: tuple[int, ...]) -> None:
+        if len(shape) != 2:
+            raise FormatError(f"{self.name}: weight of shape {tuple(shape)} (must be [out, in])")
+        if min(shape) < 1 or shape[1] % self.group(shape):
+            raise FormatError(
+                f"{self.name}: weight of shape {tuple(shape)} (rows must be a multiple of {self.group(shape)} long)"
+            )
+
+    def _blocks(self, w_OI: Array) -> Array:
+        return rearrange(w_OI, "o (g k) -> o g k", k=self.group(w_OI.shape))
+
+    def _over(self) -> tuple[int, ...]:
+        return (0, 2) if self.granularity == "tensor" else (2,)
+
+    def reduce(self, f: Any, x_OGK: Array) -> Array:
+        """`f` (jnp.max, jnp.sum, ...) over everything that shares a scale, to `[O, G]` or `[1, 1]`."""
+        return rearrange(f(x_OGK, axis=self._over(), keepdims=True), "o g 1 -> o g")
+
+    def mean(self, x_OGK: Float[Array, "O G K"]) -> Float[Array, "R G"]:
+        """Mean of non-negative values over everything that shares a scale."""
+        return order_free_mean(x_OGK, over_rows=self.granularity == "tensor")
+
+    # -- Format -----------------------------------------------------------------------------------------------------
+
+    def init(self, w_OI: Float[Array, "O I"], stats: Any = None, key: Any = None) -> Params:
+        """Scales fitted to `w`; `stats`, if given, are non-negative importances `[I]` of the columns, which only a
+        searched (`:mse`) fit uses."""
+        params = self.fit(self._blocks(w_OI))
+        if not self.searched:
+            return params
+        weight = jnp.ones((), jnp.float32) if stats is None else stats / jnp.maximum(jnp.max(stats), 1e-30)
+
+        def step(best: tuple[Array, Array], factor: Array):
+            scale = round_to(params["scale"] * factor, self.storage)
+            stored = self.stored({**params, "scale": scale})
+            error = w_OI - self.dequantize(self.quantize(w_OI, stored), stored)
+            error = self.mean(self._blocks(jnp.square(error) * weight))
+            keep = error < best[0]
+            return (jnp.where(keep, error, best[0]), jnp.where(keep, scale, best[1])), None
+
+        start = (jnp.full(params["scale"].shape, jnp.inf), params["scale"])
+        (_, scale), _ = jax.lax.scan(step, start, jnp.asarray(SHRINK))
+        return {**params, "scale": scale}
+
+    def stored(self, params: Params) -> Params:
+        """`scale` rounded to storage and kept away from 0; `zero` rounded and clipped to the codes."""
+        out = {"scale": self.stored_scale(params["scale"])}
+        if self.has_zero:
+            lo, hi = self.levels
+            out["zero"] = jnp.clip(jnp.round(params["zero"]), lo, hi)
+        return out
+
+    def stored_scale(self, scale: Array) -> Array:
+        """Rounded to `storage`; of magnitude `SMALLEST_SCALE` at least, and positive unless `signed_scale`."""
+        scale, least = round_to(scale, self.storage), np.float32(SMALLEST_SCALE[self.storage])
+        if self.signed_scale:
+            return jnp.where(scale < 0, -1.0, 1.0) * jnp.maximum(jnp.abs(scale), least)
+        return jnp.maximum(scale, least)
+
+    def check_values(self, w_OI: Float[Array, "O I"], params: Params) -> None:
+        super().check_values(w_OI, params)
+        self.check_range("scale", params["scale"])
+
+    def check_range(self, what: str, value: Array) -> None:
+        top, bound = float(jnp.max(jnp.abs(value))), LARGEST[self.storage]
+        if not top <= bound:
+            raise FormatError(f"{self.name}: {what} of magnitude {top:g} (largest in {self.storage}: {bound:g})")
+
+    def quantize(self, w_OI: Float[Array, "O I"], stored: Params) -> Int[Array, "O I"]:
+        codes = jnp.round(w_OI / spread(stored["scale"], w_OI.shape))
+        if self.has_zero:
+            codes = codes + spread(stored["zero"], w_OI.shape)
+        return jnp.clip(codes, *map(float, self.levels)).astype(jnp.int32)
+
+    def dequantize(self, codes_OI: Int[Array, "O I"], stored: Params) -> Float[Array, "O I"]:
+        levels = codes_OI.astype(jnp.float32)
+        if self.has_zero:
+            levels = levels - spread(stored["zero"], codes_OI.shape)
+        return levels * spread(stored["scale"], codes_OI.shape)
+
+    def pack(self, codes_OI: Int[Array, "O I"], stored: Params) -> dict[str, Array]:
+        arrays = {"codes": self.pack_codes(codes_OI), "scale": stored["scale"].astype(STORAGE[self.storage])}
+        if self.has_zero:
+            arrays["zero"] = pack(stored["zero"].astype(jnp.int32), self.bits)
+        return arrays
+
+    def unpack(self, arrays: Mapping[str, Array], shape: tuple[int, int]) -> tuple[Int[Array, "O I"], Params]:
+        stored = {"scale": arrays["scale"].astype(jnp.float32)}
+        if self.has_zero:
+            stored["zero"] = unpack(arrays["zero"], self.bits, arrays["scale"].shape[-1]).astype(jnp.float32)
+        return self.unpack_codes(arrays["codes"], shape), stored
+
+    def pack_codes(self, codes_OI: Int[Array, "O I"]) -> Array:
+        return pack(codes_OI - self.levels[0], self.bits)
+
+    def unpack_codes(self, packed: Array, shape: tuple[int, int]) -> Int[Array, "O I"]:
+        return unpack(packed, self.bits, shape[1]) + self.levels[0]
+
+    def vjp(self, w_OI: Float[Array, "O I"], params: Params, g_OI: Float[Array, "O I"]) -> tuple[Array, Params]:
+        stored = self.stored(params)
+        scale = spread(stored["scale"], w_OI.shape)
+        zero = spread(stored["zero"], w_OI.shape) if self.has_zero else 0.0
+        gw, gs, out = uniform_gradients(w_OI, scale, zero, self.levels, self.clip, g_OI)
+        grads = {"scale": self.reduce(jnp.sum, self._blocks(gs)) * self.grad_factor(w_OI.shape)}
+        if self.has_zero:
+            grads["zero"] = self.reduce(jnp.sum, self._blocks(-scale * out)) * self.grad_factor(w_OI.shape)
+        return gw, grads
+
+    def grad_factor(self, shape: tuple[int, ...]) -> float:
+        """LSQ's `g = 1 / sqrt(N * Qp)`, N the weights of the layer, under the `lsq` policy; else 1."""
+        return 1.0 / math.sqrt(shape[0] * shape[1] * self.levels[1]) if self.clip == "lsq" else 1.0
+
+    def affine(self, q: QTensor) -> Affine:
+        codes, stored = self.unpack(q.arrays, q.shape)
+        group = self.group(q.shape)
+        full = (q.shape[0], q.shape[1] // group)
+        scale = np.broadcast_to(np.asarray(stored["scale"]), full)
+        zero = np.broadcast_to(np.asarray(stored["zero"]), full) if self.has_zero else np.zeros(full, np.float32)
+        return Affine(np.asarray(codes), scale, zero, np.zeros(full, np.float32), group)
+
+    def _keys(self) -> list[str]:
+        """The keys of the canonical name that every uniform format shares, after its granularity and calibration."""
+        clip = {"none": [], "inclusive": ["clip"]}.get(self.clip, [self.clip])
+        clip = [f"fixed{self.clip:g}"] if isinstance(self.clip, float) else clip
+        return clip + ([] if self.storage == "fp16" else [self.storage])
+
+
+@dataclasses.dataclass(frozen=True)
+class Integer(Uniform):
+    """`intN`, N = 1..8. Symmetric: codes -2^(N-1) .. 2^(N-1)-1 and no zero point; asymmetric: 0 .. 2^N-1 and one.
+
+    Scale by calibration (a = largest magnitude of the group):
+
+    - `absmax` (default): `a / 2^(N-1)` up to 4 bits, `a / (2^(N-1) - 1)` from 5 bits on. The first wastes no level but
+      clips one positive extreme; measured on normal and Student-t weights it has the lower RTN error at 2 to 4 bits
+      (int2 g64: 0.41 against 0.72 relative), and loses from 5 bits on at small groups. int8 is the usual `a / 127`.
+    - `signmax`: `v / -2^(N-1)`, v the *signed* entry of largest magnitude (Q4_0's rule): no clipping at the extreme
+      and the lowest error of the three, but the scale may be negative, which some runtimes do not expect.
+    - `minmax` (asymmetric, default there): `(max(w, 0) - min(w, 0)) / (2^N - 1)`, `zero = rne(-min / scale)`.
+    - `mse`: the above times the factor out of `SHRINK` with the least squared error in each group.
+
+    `int1` has two levels, `+s` and `-s` (codes +1 and -1, one bit stored; sign(0) = +1) with `s = mean|w|`, the least
+    squares scale for signs (XNOR-Net; BitNet's beta). Trained scales follow LSQ (arXiv 1902.08153), zero points
+    EfficientQAT (arXiv 2407.11062).
+    """
+
+    width: int = 4
+    asym: bool = False
+    calibration: str = "absmax"
+
+    @property
+    def name(self) -> str:
+        group = f"g{self.granularity}" if isinstance(self.granularity, int) else self.granularity
+        default = _default_calibration(self.width, self.asym)
+        keys = [group] + ["asym"] * self.asym + ([] if self.calibration == default else [self.calibration])
+        return ":".join([f"int{self.width}", *keys, *self._keys()])
+
+    @property
+    def bits(self) -> int:
+        return self.width
+
+    @property
+    def levels(self) -> tuple[int, int]:
+        if self.width == 1:
+            return (-1, 1)
+        return (0, 2**self.width - 1) if self.asym else (-(2 ** (self.width - 1)), 2 ** (self.width - 1) - 1)
+
+    @property
+    def has_zero(self) -> bool:
+        return self.asym
+
+    @property
+    def signed_scale(self) -> bool:
+        return self.calibration == "signmax"
+
+    @property
+    def searched(self) -> bool:
+        return self.calibration == "mse"
+
+    def fit(self, w_OGK: Float[Array, "O G K"]) -> Params:
+        if self.width == 1:
+            return {"scale": self.mean(jnp.abs(w_OGK))}
+        if self.asym:
+            low = jnp.minimum(self.reduce(jnp.min, w_OGK), 0.0)
+            span = jnp.maximum(self.reduce(jnp.max, w_OGK), 0.0) - low
+            scale = self.stored_scale(span * np.float32(1 / self.levels[1]))
+            return {"scale": scale, "zero": -low / scale}
+        half = 2 ** (self.width - 1)
+        if self.signed_scale:
+            return {"scale": signed_max(self, w_OGK) * np.float32(-1 / half)}
+        top = self.reduce(jnp.max, jnp.abs(w_OGK))
+        return {"scale": top * np.float32(1 / (half if self.width <= 4 else half - 1))}
+
+    def quantize(self, w_OI: Float[Array, "O I"], stored: Params) -> Int[Array, "O I"]:
+        if self.width == 1:
+            return jnp.where(w_OI >= 0, 1, -1).astype(jnp.int32)
+        return super().quantize(w_OI, stored)
+
+    def pack_codes(self, codes_OI: Int[Array, "O I"]) -> Array:
+        return pack((codes_OI > 0).astype(jnp.int32), 1) if self.width == 1 else super().pack_codes(codes_OI)
+
+    def unpack_codes(self, packed: Array, shape: tuple[int, int]) -> Int[Array, "O I"]:
+        return 2 * unpack(packed, 1, shape[1]) - 1 if self.width == 1 else super().unpack_codes(packed, shape)
+
+    def vjp(self, w_OI: Float[Array, "O I"], params: Params, g_OI: Float[Array, "O I"]) -> tuple[Array, Params]:
+        if self.width > 1:
+            return super().vjp(w_OI, params, g_OI)
+        stored = self.stored(params)
+        ratio = w_OI / spread(stored["scale"], w_OI.shape)
+        gw = g_OI if self.clip == "none" else jnp.where(inside(w_OI, ratio, 0.0, (-1, 1), self.clip), g_OI, 0.0)
+        gs = self._blocks(g_OI * self.quantize(w_OI, stored).astype(jnp.float32))  # ParetoQ: d w_hat / d s = sign(w)
+        return gw, {"scale": self.reduce(jnp.sum, gs) * self.grad_factor(w_OI.shape)}
+
+
+def spread(scale_RG: Float[Array, "R G"], shape: tuple[int, ...]) -> Float[Array, "R I"]:
+    """One value per column out of one per group; a single row is left to broadcast."""
+    return repeat(scale_RG, "r g -> r (g k)", k=shape[1] // scale_RG.shape[1])
+
+
+def signed_max(fmt: Uniform, w_OGK: Float[Array, "O G K"]) -> Float[Array, "R G"]:
+    """The entry of largest magnitude with its sign; the positive one on ties."""
+    high, low = fmt.reduce(jnp.max, w_OGK), fmt.reduce(jnp.min, w_OGK)
+    return jnp.where(high >= -low, high, low)
+
+
+def order_free_mean(x_OGK: Float[Array, "O G K"], over_rows: bool = False) -> Float[Array, "R G"]:
+    """Mean of non-negative values over K (and O), the same bits whatever the order of summation.
+
+    A float sum depends on how a compiler or a mesh splits it, and a scale that differs in the last bit flips codes. So
+    values become integers of a common power-of-two step: at least 29 - log2(K) bits of the largest one. A sum over
+    rows then drops the low bits that it needs room for, rounded. Relative error below 2^-18 for any K up to 2^20.
+    """
+    O, _, K = x_OGK.shape
+    top = jnp.max(x_OGK, axis=(0, 2) if over_rows else 2, keepdims=True)
+    unit = jnp.maximum(power_of_two(top), 2.0**-90)
+    bits = 29 - max(K - 1, 0).bit_length()
+    whole = jnp.round(x_OGK * (np.float32(2.0**bits) / unit)).astype(jnp.int32)
+    total, drop, n = jnp.sum(whole, axis=2, keepdims=True), 0, K
+    if over_rows:
+        drop, n = max(O - 1, 0).bit_length(), O * K
+        total = jnp.sum((total + (1 << drop >> 1)) >> drop, axis=0, keepdims=True)
+    mean = total.astype(jnp.float32) * np.float32(1 / n) * (unit * np.float32(2.0 ** (drop - bits)))
+    return rearrange(mean, "r g 1 -> r g")
+
+
+# -- names ------------------------------------------------------------------------------------------------------------
+
+_KINDS = {
+    "granularity": r"tensor|channel|g([1-9]\d*)",
+    "zero": r"asym",
+    "calibration": r"absmax|signmax|minmax|mse|absmean",
+    "clip": r"clip|rounded|lsq|fixed(\d+(?:\.\d+)?)",
+    "storage": r"f32|fp16|bf16",
+    "search": r"mse",
+}
+_SAMPLES = {
+    "granularity": ["tensor", "channel", "g64"],
+    "zero": ["asym"],
+    "calibration": ["absmax", "signmax", "minmax", "mse"],
+    "clip": ["clip", "rounded", "lsq", "fixed2"],
+    "storage": ["f32", "fp16", "bf16"],
+    "search": ["mse"],
+}
+
+
+def parse_keys(family: str, keys: list[str], kinds: list[str]) -> dict[str, Any]:
+    """`{kind: value}` of a format name's keys. Raises `FormatError` for an unknown key or two of one kind."""
+    found: dict[str, Any] = {}
+    for key in keys:
+        for kind in kinds:
+            m = re.fullmatch(_KINDS[kind], key)
+            if m is None:
+                continue
+            if kind in found:
+                raise FormatError(f"{family}: key {key!r} gives a second {kind} (allowed: one)")
+            if kind == "granularity" and m[1]:
+                found[kind] = int(m[1])
+            elif kind == "clip":
+                found[kind] = float(m[1]) if m[1] else {"clip": "inclusive"}.get(key, key)
+            else:
+                found[kind] = True if kind == "zero" else key
+            break
+        else:
+            raise FormatError(str(unknown(f"key of {family}", key, [s for k in kinds for s in _SAMPLES[k]])))
+    return found
+
+
+def _default_calibration(width: int, asym: bool) -> str:
+    return "absmean" if width == 1 else "minmax" if asym else "absmax"
+
+
+def _parser(width: int):
+    def parse(keys: list[str]) -> Format:
+        family = f"int{width}"
+        found = parse_keys(family, keys, ["granularity", "zero", "calibration", "clip", "storage"])
+        asym = found.pop("zero", False)
+        if asym and width == 1:
+            raise FormatError("int1:asym (int1 is symmetric: its levels are +s and -s)")
+        default = _default_calibration(width, asym)
+        calibration = found.pop("calibration", default)
+        allowed = [default] if width == 1 else ["minmax", "mse"] if asym else ["absmax", "signmax", "mse"]
+        if calibration not in allowed:
+            which = "asymmetric " if asym else ""
+            raise FormatError(f"calibration {calibration!r} of {which}{family} (allowed: {', '.join(allowed)})")
+        return Integer(width=width, asym=asym, calibration=calibration, **found)
+
+    return parse
+
+
+_EXAMPLES = {
+    1: ["int1", "int1:g64"],
+    2: ["int2", "int2:g64", "int2:g64:asym", "int2:g64:mse"],
+    3: ["int3:g64", "int3:tensor:lsq", "int3:g64:asym:rounded"],
+    4: ["int4", "int4:g64", "int4:g64:asym", "int4:g32:signmax", "int4:g64:clip:bf16", "int4:g128:mse:f32"],
+    5: ["int5:g64"],
+    6: ["int6:g64:fixed2"],
+    7: ["int7:g64"],
+    8: ["int8", "int8:tensor", "int8:g32:asym"],
+}
+for _width, _names in _EXAMPLES.items():
+    register(f"int{_width}", _parser(_width), _names)
