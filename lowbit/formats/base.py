@@ -93,7 +93,8 @@ class Affine:
     def decode(self) -> np.ndarray:
         """float32 `[O, I]`."""
         scale, zero, offset = (np.repeat(a, self.group, axis=1) for a in (self.scale, self.zero, self.offset))
-        return (self.codes.astype(np.float32) - zero) * scale + offset
+        w = (self.codes.astype(np.float32) - zero) * scale
+        return w + offset if self.offset.any() else w  # adding 0 would turn -0.0 into 0.0
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["w", "params"], meta_fields=["format"])

@@ -1,8 +1,8 @@
 """Straight-through ops with explicit gradients: the rule for uniform grids, LSQ, rounding, and activation formats.
 
-Every op is a `custom_vjp`. Nothing here is `x + stop_gradient(q - x)` (it differs from `q` in the last bit), and nothing
-differentiates through clip or max, whose gradient at equality (where absmax scaling always puts one weight) is 0.5, 0
-or 1 depending on which jax function spelled it.
+Every op is a `custom_vjp`. Nothing here is `x + stop_gradient(q - x)` (it differs from `q` in the last bit), and
+nothing differentiates through clip or max, whose gradient at equality (where absmax scaling always puts one weight) is
+0.5, 0 or 1 depending on which jax function spelled it.
 
 Clip policies, which say for what weights the gradient passes. `v = w / s + z` is the weight in code units:
 
@@ -15,8 +15,8 @@ Clip policies, which say for what weights the gradient passes. `v = w / s + z` i
 | a number c (`fixedC`) | `|w| < c` | LLM-QAT, c = 2 |
 
 The scale's gradient is `code - z - w / s` where the policy passes and `code - z` where it does not, summed over the
-group; the zero point's is 0 and `-s`. Under `none` and `fixedC`, which say nothing about the grid's ends, scale and zero
-use the `rounded` mask: the derivative of what the forward pass computes.
+group; the zero point's is 0 and `-s`. Under `none` and `fixedC`, which say nothing about the grid's ends, scale and
+zero use the `rounded` mask: the derivative of what the forward pass computes.
 """
 
 import dataclasses
@@ -100,7 +100,7 @@ ste_round.defvjp(lambda x: (jnp.round(x), None), lambda _, g: (g,))
 
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
 def ste_clip(x: Float[Array, "*s"], lo: float, hi: float, clip: Clip = "inclusive") -> Float[Array, "*s"]:
-    """`clip(x, lo, hi)` whose gradient passes where the policy says (`inclusive`: 1 at the ends; `none`: everywhere)."""
+    """`clip(x, lo, hi)` whose gradient passes where the policy says: `inclusive` is 1 at the ends, `lsq` 0 there."""
     return jnp.clip(x, lo, hi)
 
 
@@ -151,8 +151,8 @@ lsq.defvjp(_lsq_fwd, _lsq_bwd)
 class TokenInt:
     """Signed integers with one dynamic float32 scale per token (the last axis), for the input of a linear.
 
-    Without `bitnet`: `s = max|x| / (2^(b-1) - 1)`, `x_hat = rne(x / s) * s`; a zero token stays zero. With `bitnet`, the
-    papers' spellings: int8 `s = 127 / max(max|x|, 1e-5)`, `x_hat = clip(rne(x * s), -128, 127) / s` (b1.58); int4
+    Without `bitnet`: `s = max|x| / (2^(b-1) - 1)`, `x_hat = rne(x / s) * s`; a zero token stays zero. With `bitnet`,
+    the papers' spellings: int8 `s = 127 / max(max|x|, 1e-5)`, `x_hat = clip(rne(x * s), -128, 127) / s` (b1.58); int4
     absmean, `b / sqrt7 * clip(rne(x * sqrt7 / (b + 1e-5)), -8, 7)` with `b = mean|x|` (a4.8, arXiv 2411.04965).
     The gradient is straight-through under `clip`; the scale is dynamic and gets none.
     """

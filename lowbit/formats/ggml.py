@@ -159,7 +159,7 @@ class Q4_1(Uniform):
         return dataclasses.replace(super().affine(q), offset=low)
 
 
-# -- base 3: ggml's tq1_0 bytes, five trits each (the last four bytes of a block hold four) ------------------------------
+# -- base 3: ggml's tq1_0 bytes, five trits each (the last four bytes of a block hold four) ---------------------------
 
 # Per run of bytes in a block: first element, trits per byte, bytes. Trit n of byte m is element first + n * bytes + m.
 _RUNS = ((0, 5, 32), (160, 5, 16), (240, 4, 4))

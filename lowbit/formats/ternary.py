@@ -11,8 +11,8 @@ from lowbit.formats.integer import Uniform, parse_keys
 
 @dataclasses.dataclass(frozen=True)
 class Ternary(Uniform):
-    """`ternary`: codes `clip(rne(w / s), -1, 1)` with `s = mean|w|` over the tensor (the paper's choice and the default),
-    each row, or each group of columns. 2 bits stored, four codes a byte, plus an fp16 scale.
+    """`ternary`: codes `clip(rne(w / s), -1, 1)` with `s = mean|w|` over the tensor (the paper's choice and the
+    default), each row, or each group of columns. 2 bits stored, four codes a byte, plus an fp16 scale.
 
     Weights that are ternary already (every magnitude is 0 or one value) keep that value as their scale, so quantizing
     twice is quantizing once; the bare absmean would shrink it by the share of non-zeros. Unlike the paper, the scale's
