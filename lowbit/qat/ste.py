@@ -1,0 +1,82 @@
+"""Straight-through quantization-aware training.
+
+The forward pass sees `w_hat = decode(encode(w))`, the gradient goes to the float32 latent `w` (Bengio et al. 2013,
+arXiv 1308.3432; the clip policy is the format's). Recipe `ste` recomputes scales from the latent at every step, as
+BitNet and most fake-quant trainers do; recipe `ste-learned` starts from the same scales and learns them (Esser et al.
+2020, LSQ, arXiv 1902.08153).
+
+Both keep scales on the stored grid during training, so that conversion writes exactly what was trained.
+"""
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lowbit import tree as trees
+from lowbit.errors import InputError
+from lowbit.formats.base import Format, Latent, Params, QTensor
+from lowbit.formats.fake_quant import QuantizedInput, TokenInt
+from lowbit.qat.base import Recipe, register
+from lowbit.tree import Tree
+
+INPUT = ":in"
+
+
+def prepare(params: Tree, assignment: Mapping[str, Format | TokenInt], learned: bool = False) -> Tree:
+    """Latents (float32 masters) at the weight sites, `QuantizedInput` at the `path:in` sites; the rest unchanged.
+
+    Raises `InputError` on a site that the parameters lack, is quantized already, or whose format cannot be trained.
+    """
+    paths = dict(trees.items(params))
+    for site, fmt in assignment.items():
+        path = site.removesuffix(INPUT)
+        if path not in paths:
+            raise InputError(f"no parameter {path!r} for format {fmt.name!r} (there are {len(paths)})")
+        if not isinstance(paths[path], jax.Array):
+            kind = type(paths[path]).__name__
+            raise InputError(f"{path} is a {kind} already (allowed: a float array; decode it first)")
+        if isinstance(fmt, Format) and not fmt.trainable:
+            raise InputError(f"format {fmt.name!r} of {path} has no gradient (use it with a solver instead)")
+
+    def one(path: str, leaf: Any) -> Any:
+        fmt, act = assignment.get(path), assignment.get(path + INPUT)
+        if fmt is not None:
+            w = leaf.astype(jnp.float32)
+            leaf = Latent(w, _init(fmt, w) if learned else {}, fmt)
+        return leaf if act is None else QuantizedInput(leaf, act)
+
+    return trees.map_leaves(one, params)
+
+
+def convert(params: Tree) -> Tree:
+    """Every latent as packed codes and scales (those of the last forward pass); other leaves unchanged."""
+
+    def one(path: str, leaf: Any) -> Any:
+        if isinstance(leaf, QuantizedInput):
+            return QuantizedInput(one(path, leaf.w), leaf.act)
+        if not isinstance(leaf, Latent):
+            return leaf
+        try:
+            leaf.format.check_values(leaf.w, leaf.params or _init(leaf.format, leaf.w))
+        except InputError as e:
+            raise InputError(f"{path}: {e}") from e
+        return _encode(leaf)
+
+    return trees.map_leaves(one, params)
+
+
+@jax.jit
+def _encode(latent: Latent) -> QTensor:
+    return latent.encode()
+
+
+@partial(jax.jit, static_argnums=0)
+def _init(fmt: Format, w: jax.Array) -> Params:
+    return fmt.init(w)
+
+
+register(Recipe("ste", prepare, convert, {}))
+register(Recipe("ste-learned", partial(prepare, learned=True), convert, {"scale_lr": 0.1}))

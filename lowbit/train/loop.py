@@ -1,0 +1,220 @@
+"""The training loop: knows optimizers, checkpoints and meshes, but no method and no data format.
+
+A step is a pure function of (state, batch number): `batch(step)` gives the rows, the update count is in the optimizer
+state, and nothing else varies. A run that was killed and resumed therefore computes the same bits as one that was not.
+"""
+
+import contextlib
+import dataclasses
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+from jaxtyping import Array
+
+from lowbit.errors import InputError
+from lowbit.train import checkpoint, sharding
+from lowbit.train.checkpoint import Checkpoints, Meta
+from lowbit.train.config import TrainConfig
+from lowbit.train.objective import Objective
+from lowbit.train.params import Flat, unflatten
+from lowbit.train.step import Setup, abstract, prepare
+from lowbit.tree import Tree
+
+Batches = Callable[[int], Mapping[str, Any]]
+Record = dict[str, float]
+
+
+class TrainingDiverged(InputError):
+    """The loss or the gradient is no longer finite. No checkpoint was overwritten."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """Where training ended. `status` is `stopped` after SIGTERM or Ctrl-C; `message` is one line for a person."""
+
+    params: Tree
+    step: int
+    status: Literal["finished", "stopped"]
+    message: str
+    history: list[Record]  # what was logged by this process
+    whole: tuple[str, ...] = ()  # parameters that the mesh could not split
+
+
+def train(
+    params: Tree,
+    batch: Batches,
+    objective: Objective,
+    config: TrainConfig,
+    *,
+    teacher: Tree | None = None,
+    directory: str | Path | None = None,
+    resume: bool = False,
+    fingerprint: Mapping[str, Any] | None = None,
+    on_metrics: Callable[[Record], None] | None = None,
+    on_resume: Callable[[int], None] | None = None,
+    evaluate: Callable[[Tree], float] | None = None,
+) -> Result:
+    """Trains `params` for `config.steps` steps on `batch(0), batch(1), ...`.
+
+    Args:
+      params: tree with arrays and `Latent`s; floating-point leaves become float32 masters. Packed weights stay frozen.
+      batch: arrays `[batch_size, ...]` of a step; must depend on nothing but the step.
+      objective: see `lowbit.train.objective`.
+      teacher: frozen parameters that the objective gets as its second argument.
+      directory: of the checkpoints; None keeps nothing.
+      resume: continue from the latest checkpoint in `directory`, if there is one.
+      fingerprint: more JSON-able facts (model, data, plan) that a resumed run must share.
+      on_metrics: gets `step, loss, lr, grad_norm, tokens, tokens_per_second` every `log_every` steps and at the end;
+        `step` counts finished updates, `loss` is the mean in nats per token of that step.
+      on_resume: gets the step from which training continues, so that later records can be dropped.
+      evaluate: a number to minimise, computed at each save; the best checkpoint is kept too.
+
+    Raises:
+      TrainingDiverged: on a loss or gradient norm that is not finite.
+      InputError: on anything that cannot be: a full disk, another configuration, a mesh that does not fit.
+    """
+    setup = prepare(params, objective, config, teacher)
+    learned, frozen = setup.learned, setup.frozen
+    identity = config.fingerprint() | dict(fingerprint or {})
+    history: list[Record] = []
+    with contextlib.ExitStack() as stack:
+        checkpoints = None
+        if directory is not None:
+            checkpoints = stack.enter_context(contextlib.closing(Checkpoints(directory, config.keep)))
+        start = _latest(checkpoints, resume)
+        if checkpoints is not None and start:
+            learned, opt = _resume(checkpoints, start, setup, identity)
+        else:
+            opt = setup.init(learned)
+        if on_resume is not None:
+            on_resume(start)
+
+        def save(step: int) -> None:
+            if checkpoints is None or step in checkpoints.steps():
+                return
+            everything = learned | frozen
+            metric = None if evaluate is None else float(evaluate(unflatten(everything, setup.layout)))
+            arrays = checkpoint.describe(everything)
+            checkpoints.save(everything, opt, Meta(step, setup.layout, identity, arrays, metric))
+
+        def log(step: int, metrics: dict[str, Array], clock: _Clock) -> None:
+            """Waits for step number `step`, stops on a loss that is not finite, and reports every `log_every`."""
+            loss, norm = float(metrics["loss"]), float(metrics["grad_norm"])
+            clock.tokens += (tokens := int(metrics["tokens"]))
+            if not (math.isfinite(loss) and math.isfinite(norm)):
+                raise TrainingDiverged(_diverged(step, loss, norm, checkpoints))
+            if step % config.log_every == 0 or step in (1, config.steps):
+                record = {"step": step, "loss": loss, "lr": float(metrics["lr"]), "grad_norm": norm}
+                history.append(record | {"tokens": tokens, "tokens_per_second": clock.rate()})
+                if on_metrics is not None:
+                    on_metrics(history[-1])
+
+        stop = stack.enter_context(_signals())
+        step, waiting, clock = start, None, _Clock()
+        while step < config.steps and not stop.is_set():
+            rows = sharding.place_batch(_checked(batch(step), config, step), setup.sharding.mesh)
+            learned, opt, metrics = setup.step(learned, opt, frozen, setup.teacher, rows)
+            step += 1
+            if waiting is not None:  # one step late, so that the device is never idle
+                log(*waiting, clock)
+            waiting = (step, metrics)
+            if config.save_every and step % config.save_every == 0:
+                log(*waiting, clock)  # never save what has diverged
+                waiting = None
+                save(step)
+            if checkpoints is not None and checkpoints.preempted(step):
+                stop.set()
+        if waiting is not None:
+            log(*waiting, clock)
+        if step > start:
+            save(step)
+        if checkpoints is not None:
+            checkpoints.wait()
+        stopped = step < config.steps
+    final = unflatten(learned | frozen, setup.layout)
+    kept = f"saved in {checkpoints.directory}, continue with --resume" if checkpoints else "nothing was saved"
+    message = f"stopped after step {step} of {config.steps}: {kept}" if stopped else f"finished {step} steps"
+    return Result(final, step, "stopped" if stopped else "finished", message, history, setup.sharding.whole)
+
+
+def _latest(checkpoints: Checkpoints | None, resume: bool) -> int:
+    steps = checkpoints.steps() if checkpoints else []
+    if checkpoints and steps and not resume:
+        here = f"{checkpoints.directory} has checkpoints up to step {steps[-1]}"
+        raise InputError(f"{here} (allowed: --resume to continue, or another folder)")
+    return steps[-1] if steps else 0
+
+
+def _resume(checkpoints: Checkpoints, step: int, setup: Setup, identity: Mapping[str, Any]) -> tuple[Flat, Any]:
+    meta = checkpoints.meta(step)
+    checkpoint.refuse_other_config(meta.fingerprint, identity, checkpoints.directory)
+    if meta.layout != setup.layout:
+        differing = [p for p in meta.layout.keys() | setup.layout if meta.layout.get(p) != setup.layout.get(p)]
+        raise InputError(f"cannot resume {checkpoints.directory}: {sorted(differing)[0]} has another format")
+    everything = setup.learned | setup.frozen
+    like = abstract(everything, {n: setup.sharding.of(n) for n in everything})
+    opt = abstract(setup.opt_shape, setup.opt_sharding)
+    params, opt = checkpoints.restore(step, like, opt)
+    return {n: params[n] for n in setup.learned}, opt
+
+
+def _checked(batch: Mapping[str, Any], config: TrainConfig, step: int) -> Mapping[str, Any]:
+    for name, a in batch.items():
+        if a.shape[0] != config.batch_size:
+            raise InputError(f"batch of step {step}: {name} has {a.shape[0]} rows (allowed: {config.batch_size})")
+    return batch
+
+
+def _diverged(step: int, loss: float, norm: float, checkpoints: Checkpoints | None) -> str:
+    what = f"loss is {loss:g}" if not math.isfinite(loss) else f"gradient norm is {norm:g}"
+    if checkpoints is None:
+        return f"training diverged: {what} at step {step} (there are no checkpoints)"
+    checkpoints.wait()
+    steps = checkpoints.steps()
+    good = f"step {steps[-1]} in {checkpoints.directory}" if steps else "none"
+    return f"training diverged: {what} at step {step} (last good checkpoint: {good})"
+
+
+class _Clock:
+    """Tokens per second since it was last asked; compilation counts for the first reading."""
+
+    def __init__(self) -> None:
+        self.tokens, self.start = 0, time.perf_counter()
+
+    def rate(self) -> float:
+        now = time.perf_counter()
+        rate = self.tokens / max(now - self.start, 1e-9)
+        self.tokens, self.start = 0, now
+        return rate
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[threading.Event]:
+    """An event that SIGTERM or Ctrl-C sets; a second Ctrl-C interrupts at once.
+
+    Nothing is installed outside the main thread, nor in a run of several processes, where jax's own handler lets all
+    of them agree on the last step.
+    """
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread() or jax.process_count() > 1:
+        yield stop
+        return
+    before = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
+
+    def handle(number: int, frame: Any) -> None:
+        stop.set()
+        signal.signal(signal.SIGINT, before[signal.SIGINT])
+
+    try:
+        for s in before:
+            signal.signal(s, handle)
+        yield stop
+    finally:
+        for s, handler in before.items():
+            signal.signal(s, handler)

@@ -1,0 +1,123 @@
+"""One training step: split parameters into learned and frozen, accumulate gradients, update."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from einops import rearrange
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array
+
+from lowbit.errors import InputError
+from lowbit.train import optimizer, sharding
+from lowbit.train.config import TrainConfig
+from lowbit.train.objective import Objective
+from lowbit.train.params import Flat, Layout, flatten, trainable, unflatten
+from lowbit.train.sharding import Sharding
+from lowbit.tree import Tree
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """Everything that a run needs before its first step; arrays may be abstract."""
+
+    learned: Flat
+    frozen: Flat
+    teacher: Flat
+    layout: Layout
+    sharding: Sharding
+    opt_shape: Any
+    opt_sharding: Any
+    init: Callable[[Flat], Any]  # optimizer state, jitted
+    step: Callable[..., tuple[Flat, Any, dict[str, Array]]]  # jitted, donates learned and optimizer state
+
+
+def prepare(params: Tree, objective: Objective, config: TrainConfig, teacher: Tree | None = None) -> Setup:
+    """Splits parameters into learned and frozen, places them on the mesh and builds the step."""
+    goal, goal_layout = flatten(teacher) if teacher is not None else ({}, {})
+    setup = build(*flatten(params), goal, goal_layout, objective, config)
+    # Copies, because a step donates what it gets and the caller keeps `params`.
+    learned = {n: jnp.array(a, jnp.float32, copy=True) for n, a in setup.learned.items()}
+    goal = sharding.place(goal, sharding.shard(goal, setup.sharding.mesh))
+    return dataclasses.replace(
+        setup,
+        learned=sharding.place(learned, setup.sharding),
+        frozen=sharding.place(setup.frozen, setup.sharding),
+        teacher=goal,
+    )
+
+
+def build(
+    flat: Flat, layout: Layout, goal: Flat, goal_layout: Layout, objective: Objective, config: TrainConfig
+) -> Setup:
+    mesh = sharding.make_mesh(config.mesh)
+    sharding.check_batch(config.batch_size, config.microbatches, mesh)
+    names = trainable(layout)
+    scale = optimizer.factors([n for n in flat if n in names], config)
+    learned = {n: a for n, a in flat.items() if scale.get(n, 0.0) > 0}
+    if not learned:
+        raise InputError("nothing to train (every parameter is packed or has a learning rate of 0)")
+    frozen = {n: a for n, a in flat.items() if n not in learned}
+    where = sharding.shard(flat, mesh)
+    masters = {n: jax.ShapeDtypeStruct(a.shape, jnp.float32) for n, a in learned.items()}
+    tx = optimizer.build(config, masters, {n: scale[n] for n in learned})
+
+    def init(learned: Flat) -> Any:
+        return {"step": jnp.zeros((), jnp.int32), "optax": tx.init(learned)}
+
+    opt_shape = jax.eval_shape(init, masters)
+    opt_where = sharding.like(opt_shape, where)
+
+    def step(learned: Flat, opt: Any, frozen: Flat, goal: Flat, batch: dict[str, Array]) -> Any:
+        def total(learned: Flat, part: dict[str, Array]) -> tuple[Array, Array]:
+            return objective(unflatten(learned | frozen, layout), unflatten(goal, goal_layout) if goal else None, part)
+
+        loss, tokens, grads = accumulate(total, learned, batch, config.microbatches, mesh)
+        lr = optimizer.schedule(config)(opt["step"])
+        updates, state = tx.update(grads, opt["optax"], learned)
+        metrics = {"loss": loss, "grad_norm": optax.global_norm(grads), "tokens": tokens, "lr": lr}
+        return optax.apply_updates(learned, updates), {"step": opt["step"] + 1, "optax": state}, metrics
+
+    outs = ({n: where.of(n) for n in learned}, opt_where, NamedSharding(mesh, PartitionSpec()))
+    jitted = jax.jit(step, donate_argnums=(0, 1), out_shardings=outs)
+    return Setup(
+        learned, frozen, goal, layout, where, opt_shape, opt_where, jax.jit(init, out_shardings=opt_where), jitted
+    )
+
+
+def accumulate(
+    total: Callable[[Flat, dict[str, Array]], tuple[Array, Array]],
+    learned: Flat,
+    batch: dict[str, Array],
+    microbatches: int,
+    mesh: Mesh,
+) -> tuple[Array, Array, Flat]:
+    """`(mean loss, tokens, gradient of the mean)`, microbatch after microbatch.
+
+    Sums are accumulated and divided once, so the result is the mean over all tokens of the batch however they fall.
+    """
+    grad = jax.value_and_grad(total, has_aux=True)
+    if microbatches == 1:
+        (loss, tokens), grads = grad(learned, batch)
+    else:
+        # Row b * m + i goes to microbatch i, so that each device keeps its own rows.
+        spec = NamedSharding(mesh, PartitionSpec(None, sharding.BATCH))
+        parts = {n: rearrange(a, "(b m) ... -> m b ...", m=microbatches) for n, a in batch.items()}
+        parts = jax.lax.with_sharding_constraint(parts, spec)
+
+        def add(carry: Any, part: dict[str, Array]) -> tuple[Any, None]:
+            (loss, tokens), grads = grad(learned, part)
+            return jax.tree.map(jnp.add, carry, (loss, tokens, grads)), None
+
+        zero = (jnp.zeros(()), jnp.zeros(()), jax.tree.map(jnp.zeros_like, learned))
+        (loss, tokens, grads), _ = jax.lax.scan(add, zero, parts)
+    n = jnp.maximum(tokens, 1.0)
+    return loss / n, tokens, jax.tree.map(lambda g: g / n, grads)
+
+
+def abstract(tree: Any, shardings: Any) -> Any:
+    """`ShapeDtypeStruct`s with shardings for arrays (or other `ShapeDtypeStruct`s)."""
+    return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), tree, shardings)
