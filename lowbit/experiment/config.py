@@ -109,8 +109,11 @@ def _import(path: Path) -> types.ModuleType:
 # -- command line -----------------------------------------------------------------------------------------------------
 
 
-def parse(cls: type[T], argv: Sequence[str], prog: str, description: str | None = None) -> T:
-    """A `cls` from `--a.b=value` options; `--help` prints and raises `SystemExit(0)`. Raises `InputError`."""
+def parse(cls: type[T], argv: Sequence[str], prog: str, description: str | None = None, also: Sequence[str] = ()) -> T:
+    """A `cls` from `--a.b=value` options; `--help` prints and raises `SystemExit(0)`. Raises `InputError`.
+
+    `also` are options that the caller has taken out of `argv`, for suggestions.
+    """
     import tyro
 
     captured = io.StringIO()
@@ -124,7 +127,7 @@ def parse(cls: type[T], argv: Sequence[str], prog: str, description: str | None 
         raise InputError(_one_line(captured.getvalue(), prog)) from None
     for arg in rest:
         if arg.startswith("-"):
-            raise unknown("option", arg.split("=")[0], options(cls))
+            raise unknown("option", arg.split("=")[0], [*options(cls), *also])
         raise InputError(f"unexpected argument {arg!r} (see {prog} --help)")
     return value
 

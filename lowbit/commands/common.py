@@ -1,0 +1,56 @@
+"""What the commands share: their result, the option types, and how a result becomes JSON."""
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+Model = tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="MODEL")]]
+Flag = tyro.conf.FlagCreatePairsOff[bool]
+# Options that may be absent: their help says what then, so tyro's "{None}|STR" and "(default: None)" are left out.
+Word = Annotated[str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint="")]
+WordPath = Annotated[Path | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="")]
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """`data` is printed with `--json`, `text` without."""
+
+    data: dict[str, Any]
+    text: str
+
+
+def result(data: dict[str, Any], text: str) -> Result:
+    """A `Result` whose data are plain JSON values (NaN and infinity become null, which JSON lacks)."""
+    return Result(plain(data), text)
+
+
+def plain(value: Any) -> Any:
+    """Python values of dataclasses, tuples, paths, and numbers of array libraries."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(v) for v in value]
+    if hasattr(value, "item") and getattr(value, "shape", None) == ():
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value if value is None or isinstance(value, bool | int | float | str) else str(value)
+
+
+def lines(data: dict[str, Any]) -> str:
+    """`key  value`, aligned; absent values are left out."""
+    shown = {k: v for k, v in data.items() if v is not None}
+    width = max((len(k) for k in shown), default=0)
+    return "\n".join(f"{k.ljust(width)}  {number(v)}" for k, v in shown.items())
+
+
+def number(value: Any) -> str:
+    """A value for a person: thousands separated, six significant digits."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return str(value)
+    return f"{value:,}" if isinstance(value, int) else f"{value:.6g}"

@@ -1,0 +1,165 @@
+"""`lowbit inspect`, `lowbit estimate` and `lowbit formats`."""
+
+import dataclasses
+from typing import Any
+
+from lowbit.commands.common import Flag, Model, Result, Word, WordPath, lines, result
+from lowbit.errors import InputError
+
+
+@dataclasses.dataclass(frozen=True)
+class Inspect:
+    """Configuration, tensors, sizes and weight statistics of a model."""
+
+    model: Model
+    """Folder, file, run directory or hub id."""
+    stats: Flag = False
+    """Also minimum, maximum, mean and standard deviation of every tensor (decodes packed ones)."""
+    json: Flag = False
+    """Print one JSON object, and nothing else, on standard output."""
+
+    def main(self) -> Result:
+        from lowbit import tree as trees
+        from lowbit.evaluate.size import file_bytes, layer_table, sizes
+        from lowbit.export.open import open_model
+
+        model = open_model(self.model)
+        tensors = layer_table(model.params)
+        if self.stats:
+            leaves = dict(trees.items(model.params))
+            tensors = [row | statistics(leaves[row["path"]]) for row in tensors]
+        data = {
+            "model": self.model,
+            **model.meta,
+            **sizes(model.params),
+            "file_bytes": file_bytes(model.source),
+            "tokenizer": None if model.tokenizer is None else type(model.tokenizer).__name__,
+            "config": dataclasses.asdict(model.config),
+            "tensors": tensors,
+        }
+        head = {k: v for k, v in data.items() if k not in ("config", "tensors")}
+        config = {k: v for k, v in data["config"].items() if v not in (None, (), False)}
+        return result(data, "\n\n".join([lines(head), lines(config), tensor_table(tensors)]))
+
+
+def statistics(leaf: Any) -> dict[str, float]:
+    """Minimum, maximum, mean and standard deviation of a weight's values, in float32 or better."""
+    import numpy as np
+
+    from lowbit.formats.base import QTensor
+    from lowbit.formats.fake_quant import QuantizedInput
+
+    if isinstance(leaf, QuantizedInput):
+        leaf = leaf.w
+    x = np.asarray(leaf.decode() if isinstance(leaf, QTensor) else leaf).astype(np.float64)
+    return {"min": float(x.min()), "max": float(x.max()), "mean": float(x.mean()), "std": float(x.std())}
+
+
+def tensor_table(rows: list[dict[str, Any]]) -> str:
+    """Tensors as aligned text."""
+    keys = list(rows[0])
+    cells = [[_cell(k, row[k]) for k in keys] for row in rows]
+    widths = [max(len(line[i]) for line in [keys, *cells]) for i in range(len(keys))]
+    return "\n".join(
+        "  ".join(c.ljust(w) if i < 3 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths))).rstrip()
+        for line in [keys, *cells]
+    )
+
+
+def _cell(key: str, value: Any) -> str:
+    if key == "shape":
+        return "x".join(map(str, value))
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """Exact size of a quantization, the layer table, and memory, before doing it. Nothing is quantized."""
+
+    model: Model
+    """Folder, file, run directory or hub id."""
+    format: Word = None
+    """Format of the linears inside blocks (see lowbit formats)."""
+    rules: WordPath = None
+    """TOML file of [[rule]] match, format; the first match wins."""
+    json: Flag = False
+    """Print one JSON object, and nothing else, on standard output."""
+
+    def main(self) -> Result:
+        from lowbit import plan as plans
+
+        plan = make_plan(self.format, self.rules)
+        config = read_config(self.model)
+        shapes = config.shapes()
+        table = plan.table(shapes)
+        nbytes, bits, quantized = plans.total(table)
+        import math
+
+        weights = [math.prod(s) for s in shapes.values()]
+        memory = {
+            "bf16_bytes": 2 * sum(weights),
+            "quantize_peak_bytes": 2 * sum(weights) + nbytes + 3 * 4 * max(weights),
+            "train_bytes": 16 * sum(weights),
+        }
+        data = {
+            "model": self.model,
+            "params": config.num_params,
+            "bytes": nbytes,
+            "bits_per_weight": bits,
+            "bits_per_weight_quantized": quantized or None,
+            **memory,
+            "tensors": table,
+        }
+        text = f"{plans.render(table)}\n\n" + lines({k: v for k, v in data.items() if k != "tensors"})
+        return result(data, text)
+
+
+def make_plan(format: str | None, rules: Any) -> Any:
+    """The plan of `--format` and `--rules`, at least one of them. Raises `InputError`."""
+    from lowbit.formats import base
+    from lowbit.plan import Plan
+
+    if format is None and rules is None:
+        raise InputError(f"no --format and no --rules (allowed formats: {', '.join(base.names())})")
+    if format is not None:
+        base.get(format)
+    return Plan.load(rules, format) if rules is not None else Plan.uniform(str(format))
+
+
+def read_config(source: str) -> Any:
+    """A model's configuration; the weights are read only where there is no other way."""
+    from pathlib import Path
+
+    from lowbit.export.open import open_model
+    from lowbit.models.hf import load_config
+
+    for folder in (Path(source), Path(source) / "model"):
+        if (folder / "config.json").is_file():
+            return load_config(folder)
+    return open_model(source).config
+
+
+@dataclasses.dataclass(frozen=True)
+class Formats:
+    """List the formats: names, bits per weight on a 4096 x 4096 matrix, whether they can be trained."""
+
+    json: Flag = False
+    """Print one JSON object, and nothing else, on standard output."""
+
+    def main(self) -> Result:
+        from lowbit.formats import base
+        from lowbit.plan import encoded_bytes
+
+        rows = []
+        for name in base.names():
+            fmt = base.get(name)
+            bits = 8 * encoded_bytes(fmt, (4096, 4096)) / 4096**2
+            summary = (type(fmt).__doc__ or "").strip().split("\n")[0]
+            rows.append({"name": name, "bits_per_weight": bits, "trainable": fmt.trainable, "summary": summary})
+        width = max(len(r["name"]) for r in rows)
+        text = "\n".join(
+            f"{r['name'].ljust(width)}  {r['bits_per_weight']:7.4f}  {'trains' if r['trainable'] else '      '}  "
+            f"{r['summary']}"
+            for r in rows
+        )
+        return result({"formats": rows}, text)
