@@ -20,7 +20,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
 from lowbit import files
@@ -35,6 +34,8 @@ from lowbit.formats.fake_quant import QuantizedInput
 from lowbit.formats.floats import FloatFormat
 from lowbit.models.config import ModelConfig
 from lowbit.models.model import Model
+from lowbit.models.shards import require_finite
+from lowbit.ptq.rtn import encode
 from lowbit.tree import items
 
 Overrides = Sequence[tuple[str, str]]
@@ -183,7 +184,8 @@ def _assign(
     top = None if embedding is None else get(embedding)
     rules = [(re.compile(r), get(t)) for r, t in overrides]
     planned = any(s.format is not None for s in sources.values())
-    used, out, bad = set(), {}, []
+    used, out = set(), {}
+    bad: dict[str, list[str]] = {}
     for path, s in sources.items():
         rule = next((i for i, (r, _) in enumerate(rules) if r.fullmatch(path)), None)
         if rule is not None:
@@ -202,15 +204,16 @@ def _assign(
             if s.format is None and out[path].quantized:
                 report.fresh.append(path)
         except translate.Misfit as e:
-            bad.append(f"{path} {list(s.shape)}{' ' + s.format.name if s.format else ''}: {e}")
+            bad.setdefault(str(e), []).append(f"{path} {list(s.shape)}{' ' + s.format.name if s.format else ''}")
     for i, (rule, _) in enumerate(overrides):
         if i not in used:
             raise InputError(
                 f"override {rule!r} matches no tensor (allowed: a regex over paths such as {next(iter(sources))})"
             )
-    if bad:
-        more = f"; and {len(bad) - 4} more tensors" if len(bad) > 4 else ""
-        raise InputError(f"cannot write {'; '.join(bad[:4])}{more}")
+    for why, names in bad.items():
+        more = f" and {len(names) - 3} more tensors" if len(names) > 3 else ""
+        also = f"; {len(bad) - 1} more reasons for other tensors" if len(bad) > 1 else ""
+        raise InputError(f"cannot write {', '.join(names[:3])}{more}: {why}{also}")
     return out
 
 
@@ -296,8 +299,7 @@ def _bytes(path: str, leaf: Any, t: GGMLType, config: ModelConfig, report: Repor
             raise InputError(f"cannot write {path}: {e}") from e
     else:
         x = np.asarray(leaf)
-        if not np.isfinite(x.astype(np.float32, copy=False)).all():
-            raise InputError(f"{path} holds NaN or infinite weights (allowed: finite numbers)")
+        require_finite(x, path, "cannot write")
         if config.norm_plus_one and path.endswith("norm"):
             x = np.float32(1.0) + x.astype(np.float32)
         data = _cast(path, x, t, report)
@@ -307,7 +309,7 @@ def _bytes(path: str, leaf: Any, t: GGMLType, config: ModelConfig, report: Repor
 
 def fresh(w: Any, t: GGMLType) -> QTensor:
     """A float weight rounded to nearest in the lowbit format of a GGUF type."""
-    return formats.get(t.format).encode(jnp.asarray(w))
+    return encode(formats.get(t.format), w)
 
 
 def _cast(path: str, x: np.ndarray, t: GGMLType, report: Report) -> np.ndarray:
@@ -319,15 +321,25 @@ def _cast(path: str, x: np.ndarray, t: GGMLType, report: Report) -> np.ndarray:
         y = x.astype(dtype)
     if t.name == "F32":
         return y
-    back = y.astype(np.float32)
-    if not np.isfinite(back).all():
-        raise InputError(
-            f"{path} holds {np.abs(x.astype(np.float32)).max():.6g}, beyond {t.name} (allowed: BF16 or F32 here)"
-        )
-    changed = int((back != x.astype(np.float32)).sum())
+    if not np.isfinite(y).all():
+        top = np.abs(x.astype(np.float32)).max()
+        raise InputError(f"{path} holds {top:.6g}, beyond {t.name} (allowed: BF16 or F32 here)")
+    changed = int(np.count_nonzero(y.astype(np.float32) != x.astype(np.float32)))
     if changed:
         report.rounded[path] = changed
     return y
+
+
+def expected(path: str, leaf: Any, t: GGMLType, config: ModelConfig) -> np.ndarray:
+    """float32 values that a file must hold for this leaf in type `t`: what a reader of the bytes is checked against."""
+    if isinstance(leaf, QTensor) or t.quantized:
+        q = leaf if isinstance(leaf, QTensor) else fresh(leaf, t)
+        x = np.asarray(q.format.decode(dataclasses.replace(q, dtype="float32")))
+    else:
+        x = np.asarray(leaf)
+        if config.norm_plus_one and path.endswith("norm"):
+            x = np.float32(1.0) + x.astype(np.float32)
+    return x.astype(np.float32) if t.quantized else x.astype(FLOAT_DTYPES[t.name]).astype(np.float32)
 
 
 def _extra(sources: Iterable[str], names: Iterable[str]) -> list[str]:

@@ -67,15 +67,14 @@ def _leaf(f: GGUFFile, path: str, info: TensorInfo, config: Any) -> Any:
     levels, d, m = unblock(info.type, data)
     if not np.isfinite(d).all() or (m is not None and not np.isfinite(m).all()):
         raise InputError(f"{f.path}: {info.name} holds NaN or infinite scales (allowed: finite numbers)")
-    return qtensor(info.type, levels, d, m, f"{f.path}: {info.name}")
+    return qtensor(info.type, levels, d, m)
 
 
-def qtensor(t: GGMLType, levels: np.ndarray, d: np.ndarray, m: np.ndarray | None, name: str) -> QTensor:
+def qtensor(t: GGMLType, levels: np.ndarray, d: np.ndarray, m: np.ndarray | None) -> QTensor:
     """A `QTensor` of the lowbit format of type `t` with these codes and scales."""
     fmt: Any = formats.get(t.format)
-    stored = {"scale": jnp.asarray(d)} | ({} if m is None else {"offset": jnp.asarray(m)})
-    q = QTensor(fmt.pack(jnp.asarray(levels), stored), fmt, (levels.shape[0], levels.shape[1]), "float32")
-    return q
+    stored = {"scale": jnp.asarray(d)} | ({} if m is None else {"min": jnp.asarray(m)})
+    return QTensor(fmt.pack(jnp.asarray(levels), stored), fmt, (levels.shape[0], levels.shape[1]), "float32")
 
 
 def _float(f: GGUFFile, name: str) -> np.ndarray:

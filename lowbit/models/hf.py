@@ -69,14 +69,27 @@ def load_config(folder: str | Path) -> ModelConfig:
     return _read_config(Path(folder))[1]
 
 
-def iter_tensors(folder: str | Path) -> Iterator[tuple[str, Any]]:
+def iter_tensors(folder: str | Path, only: Callable[[str], bool] | None = None) -> Iterator[tuple[str, Any]]:
     """`(path, array)` of every parameter in the model's order (embedding, layer by layer, norm, head), one in memory.
 
-    Arrays are numpy in their stored dtype; packed weights come as `QTensor`s. The same checks as `load_hf`.
+    Arrays are numpy in their stored dtype; packed weights come as `QTensor`s. The same checks as `load_hf`. Paths that
+    `only` does not take are checked but not read.
     """
     folder = Path(folder)
     _, config, quant = _read_config(folder)
-    return _leaves(folder, config, quant)
+    return _leaves(folder, config, quant, only)
+
+
+def stored_kinds(folder: str | Path) -> dict[str, Any]:
+    """`{path: dtype name, or the Format of a packed weight}` in the model's order; reads headers only."""
+    folder = Path(folder)
+    _, config, quant = _read_config(folder)
+    shards = Shards(folder)
+    rename, packed = _renamer(shards), (quant or {}).get("formats", {})
+    return {
+        path: formats.get(packed[path]) if path in packed else str(shards.dtype(rename(tensor_name(path))))
+        for path in config.shapes()
+    }
 
 
 def save_hf(
@@ -217,7 +230,9 @@ def _read_config(folder: Path) -> tuple[dict[str, Any], ModelConfig, dict[str, A
     return raw, from_hf(raw), quant
 
 
-def _leaves(folder: Path, config: ModelConfig, quant: dict[str, Any] | None) -> Iterator[tuple[str, Any]]:
+def _leaves(
+    folder: Path, config: ModelConfig, quant: dict[str, Any] | None, only: Callable[[str], bool] | None = None
+) -> Iterator[tuple[str, Any]]:
     """Checks names and shapes against the configuration, then reads leaf by leaf."""
     shards = Shards(folder)
     fmts = {path: formats.get(name) for path, name in (quant or {}).get("formats", {}).items()}
@@ -244,6 +259,8 @@ def _leaves(folder: Path, config: ModelConfig, quant: dict[str, Any] | None) -> 
     _check(folder, config, shards, expected)
 
     for path, shape in shapes.items():
+        if only is not None and not only(path):
+            continue
         if path in fmts:
             arrays = {name: jnp.asarray(shards.read(n)) for name, n in where[path].items()}
             leaf: Any = QTensor(arrays, fmts[path], (shape[0], shape[1]), dtypes.get(path, "float32"))

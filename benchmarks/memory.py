@@ -1,0 +1,108 @@
+"""Peak memory of load, quantize, export on a checkpoint that is larger than what it may use.
+
+    python benchmarks/memory.py [--quick] [--json]
+
+Writes a random bf16 Llama of at least 2 GiB as sharded safetensors (`--quick`: about 0.25 GiB), then runs two jobs in
+processes of their own: `quantize_dir` to int4:g64, and `stream_gguf` to Q4_0. Each reports the peak resident size
+(VmHWM) above what it had after its imports. Allowed: the largest shard + two blocks in float32 + 300 MiB.
+Needs about twice the model's size on disk. Linux only (reads /proc).
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+MIB = 1 << 20
+SLACK = 300 * MIB
+
+
+def build(folder: Path, quick: bool) -> tuple[int, int, int]:
+    """Writes the model; returns its bytes, those of the largest shard and those of one block in float32."""
+    import ml_dtypes
+    import numpy as np
+
+    from lowbit.models.config import ModelConfig
+    from lowbit.models.hf import HfWriter
+    from lowbit.models.shards import atomic_folder
+
+    size = dict(hidden_size=1024, intermediate_size=2816, num_layers=8, num_heads=16, num_kv_heads=4, head_dim=64)
+    if not quick:
+        size = dict(hidden_size=2048, intermediate_size=5632, num_layers=24, num_heads=32, num_kv_heads=4, head_dim=64)
+    config = ModelConfig(family="llama", vocab_size=8192 if quick else 32000, max_position=2048, **size)
+    rng = np.random.default_rng(0)
+    with atomic_folder(folder) as tmp:
+        writer = HfWriter(tmp, config, None, False, (64 if quick else 384) * MIB)
+        for path, shape in config.shapes().items():
+            w = rng.standard_normal(shape, np.float32) * 0.02 if len(shape) == 2 else np.ones(shape, np.float32)
+            writer.add(path, w.astype(ml_dtypes.bfloat16))
+        writer.close()
+    shards = [p.stat().st_size for p in folder.glob("*.safetensors")]
+    block = 4 * sum(o * i for o, i in config.linear_shapes().values())
+    return sum(shards), max(shards), block
+
+
+def job(name: str, src: str, out: str) -> None:
+    """One measured job; prints its baseline and peak in bytes."""
+    from lowbit.export.stream import stream_gguf
+    from lowbit.plan import Plan
+    from lowbit.ptq.rtn import encode, quantize_dir
+
+    _ = encode, quantize_dir
+    import jax
+
+    jax.devices()
+    baseline, start = status("VmRSS"), time.monotonic()
+    if name == "quantize":
+        quantize_dir(src, Plan.uniform("int4:g64"), out)
+    else:
+        stream_gguf(src, out, "Q4_0", plan=Plan.uniform("q4_0"))
+    seconds = time.monotonic() - start
+    print(json.dumps({"baseline": baseline, "peak": status("VmHWM"), "seconds": seconds}))
+
+
+def status(key: str) -> int:
+    """A size from /proc/self/status, bytes."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(key + ":"):
+            return int(line.split()[1]) * 1024
+    raise SystemExit(f"no {key} in /proc/self/status (allowed: Linux)")
+
+
+def main() -> None:
+    args = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    args.add_argument("--quick", action="store_true", help="a model of about 0.25 GiB")
+    args.add_argument("--json", action="store_true", help="print one JSON object last")
+    args.add_argument("--dir", help="where the model goes for the time of the run (default: the system's)")
+    args.add_argument("--job", nargs=3, help=argparse.SUPPRESS)
+    a = args.parse_args()
+    if a.job:
+        return job(*a.job)
+    with tempfile.TemporaryDirectory(dir=a.dir) as tmp:
+        src = Path(tmp) / "model"
+        total, shard, block = build(src, a.quick)
+        limit = shard + 2 * block + SLACK
+        report = {"model_bytes": total, "largest_shard": shard, "block_fp32": block, "limit": limit}
+        print(f"model {total / MIB:.0f} MiB, largest shard {shard / MIB:.0f} MiB, limit {limit / MIB:.0f} MiB")
+        for name, out in (("quantize", f"{tmp}/packed"), ("gguf", f"{tmp}/model.gguf")):
+            command = [sys.executable, __file__, "--job", name, str(src), out]
+            run = subprocess.run(command, capture_output=True, text=True, env=os.environ)
+            if run.returncode:
+                raise SystemExit(f"{name} failed:\n{run.stderr}")
+            r = json.loads(run.stdout.splitlines()[-1])
+            r["above_baseline"] = r["peak"] - r["baseline"]
+            r["within_limit"] = r["above_baseline"] <= limit
+            report[name] = r
+            print(f"{name}: {r['above_baseline'] / MIB:.0f} MiB above the baseline, {r['seconds']:.0f} s")
+    report["within_limit"] = all(report[n]["within_limit"] for n in ("quantize", "gguf"))
+    if a.json:
+        print(json.dumps(report))
+    raise SystemExit(0 if report["within_limit"] else 1)
+
+
+if __name__ == "__main__":
+    main()
