@@ -119,7 +119,7 @@ class Latent:
         return self.format.encode(self.w, self.params or self.dynamic_params())
 
     def dynamic_params(self) -> Params:
-        return jax.lax.stop_gradient(self.format.init(self.w.astype(jnp.float32)))
+        return jax.lax.stop_gradient(_init(self.format, self.w.astype(jnp.float32)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,23 +200,20 @@ class Format:
         """
         self.check(w_OI.shape)
         w32 = w_OI.astype(jnp.float32)
-        params = self.init(w32) if params is None else params
+        params = _init(self, w32) if params is None else params
         if not any(isinstance(a, jax.core.Tracer) for a in jax.tree.leaves((w32, params))):
             self.check_values(w32, params)
-        stored = self.stored(params)
-        arrays = self.pack(self.quantize(w32, stored), stored)
-        return QTensor(arrays, self, tuple(w_OI.shape), str(w_OI.dtype))
+        return QTensor(_encode(self, w32, params), self, tuple(w_OI.shape), str(w_OI.dtype))
 
     def decode(self, q: QTensor) -> Float[Array, "O I"]:
         """Weights of a packed tensor, in `q.dtype`."""
-        codes, stored = self.unpack(q.arrays, q.shape)
-        return self.dequantize(codes, stored).astype(q.dtype)
+        return _decode(self, q.shape, q.dtype, q.arrays)
 
     def fake_quant(self, w_OI: Float[Array, "O I"], params: Params | None = None) -> Float[Array, "O I"]:
         """`decode(encode(w, params))` with the format's gradient; `params=None` fits them to `w` without gradient."""
         self.check(w_OI.shape)
         if params is None:
-            params = jax.lax.stop_gradient(self.init(w_OI.astype(jnp.float32)))
+            params = jax.lax.stop_gradient(_init(self, w_OI.astype(jnp.float32)))
         return _fake_quant(self, w_OI, params)
 
     def fit_block(self, w_OI: Float[Array, "O I"], importance: Any = None) -> Params:
@@ -228,6 +225,27 @@ class Format:
         stored = self.stored(params)
         codes = self.quantize(w_OI, stored)
         return codes, self.dequantize(codes, stored)
+
+
+# Jitted, so that a call outside of jit compiles one program for a shape and not one for every operation, and holds no
+# unpacked intermediates.
+
+
+@partial(jax.jit, static_argnums=0)
+def _init(fmt: Format, w: Array) -> Params:
+    return fmt.init(w)
+
+
+@partial(jax.jit, static_argnums=0)
+def _encode(fmt: Format, w: Array, params: Params) -> dict[str, Array]:
+    stored = fmt.stored(params)
+    return fmt.pack(fmt.quantize(w, stored), stored)
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _decode(fmt: Format, shape: tuple[int, int], dtype: str, arrays: dict[str, Array]) -> Array:
+    codes, stored = fmt.unpack(arrays, shape)
+    return fmt.dequantize(codes, stored).astype(dtype)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))

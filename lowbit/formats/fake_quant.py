@@ -34,6 +34,7 @@ from lowbit.errors import unknown
 from lowbit.formats.base import FormatError
 
 Clip = str | float
+Levels = tuple[int, int] | tuple[float, float]
 CLIPS = ("none", "inclusive", "rounded", "lsq")
 
 
@@ -49,7 +50,7 @@ class QuantizedInput:
 # -- gradients of a uniform grid --------------------------------------------------------------------------------------
 
 
-def inside(w: Array, ratio: Array, zero: Any, levels: tuple[int, int], clip: Clip) -> Bool[Array, "..."]:
+def inside(w: Array, ratio: Array, zero: Any, levels: Levels, clip: Clip) -> Bool[Array, "..."]:
     """Where a policy lets the gradient pass. `ratio` is `w / s`, everything broadcastable to `w`."""
     lo, hi = map(float, levels)
     match clip:
@@ -71,7 +72,7 @@ def uniform_gradients(
     w: Float[Array, "..."],
     scale: Array,
     zero: Any,
-    levels: tuple[int, int],
+    levels: Levels,
     clip: Clip,
     g: Float[Array, "..."],
     offset: Any = 0.0,
