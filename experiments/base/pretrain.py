@@ -1,8 +1,8 @@
 """lowbit-base: an 8M-parameter Llama whose every width is a multiple of 256.
 
-Purpose: the package's default model. The small pretrained models at hand have widths that K-quants and ternary GGUF types
-    cannot hold; this one can be quantized to every format and trained on two CPU cores. Its training text is known:
-    quickstart asserts that none of its evaluation text was in it.
+Purpose: the package's default model. Small pretrained models have widths that K-quants and ternary GGUF types cannot
+    hold; this one can be quantized to every format and trained on two CPU cores. Its training text is known: quickstart
+    asserts that none of its evaluation text was in it.
 Command: lowbit run experiments/base/pretrain.py --texts MOBYDICK.txt TINYSHAKESPEARE.txt --out runs/base
 Device: 2 CPU cores (any accelerator works)
 Expected time: 90 minutes on 2 CPU cores
@@ -11,7 +11,6 @@ Expected numbers: 3.0 nats per token on the held-out text
 
 import dataclasses
 import json
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -19,7 +18,6 @@ import numpy as np
 from lowbit.data import contamination, corpus
 from lowbit.data.tokenizer import train_bpe
 from lowbit.experiment.run import Run
-from lowbit.files import write_text
 from lowbit.models.config import ModelConfig
 from lowbit.models.decoder import init_params
 from lowbit.models.hf import save_hf
@@ -74,19 +72,19 @@ def run(config: Config, run: Run) -> None:
     python = corpus.python_corpus()
     split = contamination.split(python, config.held_out, keep_every=config.keep_every)
     prose = [d for path in config.texts for d in corpus.documents(path)]
-    documents = split.train + [part for d in prose for part in chapters(d)]
+    documents = split.train + [part for d in prose for part in corpus.pieces(d, 8000)]
     tokenizer = train_bpe(documents, MODEL.vocab_size, ("<|endoftext|>",))
     contamination.Contamination.of(documents, config.keep_every).save(run.path("training_hashes.npz"))
 
     order = np.random.default_rng(0).permutation(len(documents))
-    stream = np.fromiter(
-        (t for i in order for t in tokenizer.encode(documents[i], bos=True)), np.int32
-    )
+    stream = np.fromiter((t for i in order for t in tokenizer.encode(documents[i], bos=True)), np.int32)
     T = config.seq_len
     rows = stream[: len(stream) // T * T].reshape(-1, T)
     held = np.fromiter((t for d in split.held_out for t in tokenizer.encode(d, bos=True)), np.int32)
     held = held[: len(held) // T * T].reshape(-1, T)[:: max(1, len(held) // T // 40)]
-    run.summary(documents=len(documents), tokens=len(stream), held_out_documents=len(split.held_out), dropped=len(split.dropped))
+    run.summary(
+        documents=len(documents), tokens=len(stream), held_out_documents=len(split.held_out), dropped=len(split.dropped)
+    )
 
     B = config.train.batch_size
 
@@ -114,21 +112,13 @@ def run(config: Config, run: Run) -> None:
         config.train,
         directory=run.path("checkpoints"),
         resume=run.resumed,
-        on_metrics=lambda m: (run.log(**{k: v for k, v in m.items() if k != "step"}, step=m["step"]), print(json.dumps(m), flush=True)),
+        on_metrics=lambda m: (
+            run.log(**{k: v for k, v in m.items() if k != "step"}, step=m["step"]),
+            print(json.dumps(m), flush=True),
+        ),
         on_resume=run.rewind,
         evaluate=held_out_loss,
     )
     model = Model(MODEL, result.params, tokenizer)
     save_hf(model, run.path("model"), dtype="bfloat16")
     run.summary(status=result.status, step=result.step, held_out_nats_per_token=held_out_loss(result.params))
-
-
-def chapters(text: str, size: int = 8000) -> list[str]:
-    """A book cut at paragraph ends into pieces of about `size` characters, so that books and modules mix."""
-    out, piece = [], ""
-    for paragraph in text.split("\n\n"):
-        if piece and len(piece) + len(paragraph) > size:
-            out.append(piece)
-            piece = ""
-        piece += ("\n\n" if piece else "") + paragraph
-    return [*out, piece] if piece.strip() else out

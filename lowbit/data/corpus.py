@@ -174,3 +174,15 @@ def _split_docstrings(source: str, tree: ast.Module) -> tuple[str, list[str]]:
     for start, stop in sorted(cut, reverse=True):
         del lines[start:stop]
     return "".join(lines), [text for _, text in sorted(prose)]
+
+
+def pieces(text: str, size: int) -> list[str]:
+    """A long text cut at paragraph ends into pieces of about `size` characters, so that a part can be held out."""
+    out: list[str] = []
+    piece = ""
+    for paragraph in text.split("\n\n"):
+        if piece and len(piece) + len(paragraph) > size:
+            out.append(piece)
+            piece = ""
+        piece += ("\n\n" if piece else "") + paragraph
+    return [*out, piece] if piece.strip() else out
