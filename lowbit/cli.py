@@ -19,7 +19,7 @@ VERBS: dict[str, tuple[str, str, str]] = {  # verb: (module, options class, one 
     "quantize": ("quantize", "Quantize", "quantize a model without training"),
     "eval": ("evaluate", "Eval", "perplexity, divergence and size of a model"),
     "compare": ("evaluate", "Compare", "evaluate several models on one text, in one table"),
-    "export": ("export", "Export", "write a model for another runtime (GGUF, Hugging Face)"),
+    "export": ("quantize", "Export", "write a model for another runtime (GGUF, Hugging Face)"),
     "generate": ("generate", "Generate", "continue a prompt"),
     "inspect": ("inspect", "Inspect", "configuration, tensors and sizes of a model"),
     "estimate": ("inspect", "Estimate", "size and memory of a quantization, before doing it"),

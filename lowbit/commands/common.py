@@ -7,6 +7,8 @@ from typing import Annotated, Any
 
 import tyro
 
+from lowbit.errors import InputError
+
 Model = tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="MODEL")]]
 Flag = tyro.conf.FlagCreatePairsOff[bool]
 # Options that may be absent: their help says what then, so tyro's "{None}|STR" and "(default: None)" are left out.
@@ -54,3 +56,25 @@ def number(value: Any) -> str:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return str(value)
     return f"{value:,}" if isinstance(value, int) else f"{value:.6g}"
+
+
+def refuse_existing(path: Path, force: bool) -> None:
+    """Raises `InputError` when an output exists (an empty folder does not count) and `--force` was not given."""
+    there = any(path.iterdir()) if path.is_dir() else path.exists()
+    if there and not force:
+        raise InputError(f"output {path} exists (allowed: a new path, or --force to replace it)")
+
+
+def folder_of(source: str) -> Path | None:
+    """The folder of a model in Hugging Face layout (a run directory's is `model/`); None for any other source."""
+    for folder in (Path(source) / "model", Path(source)):
+        if (folder / "config.json").is_file():
+            return folder
+    return None
+
+
+def load(source: str) -> Any:
+    """`open_model`, with a run directory resolved to the folder whose bytes are the model's."""
+    from lowbit.export.open import open_model
+
+    return open_model(folder_of(source) or source)

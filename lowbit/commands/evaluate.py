@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from lowbit.commands.common import Flag, Model, Result, Word, WordPath, lines, result
+from lowbit.commands.common import Flag, Model, Result, Word, WordPath, lines, load, result
 from lowbit.errors import InputError
 
 
@@ -32,13 +32,12 @@ class Eval:
 
     def main(self) -> Result:
         from lowbit.evaluate.perplexity import evaluate
-        from lowbit.export.open import open_model
 
         if self.self_noise and self.against is None:
             raise InputError("--self-noise without --against (allowed: together with it)")
         text = read_text(self.text, self.field)
-        model = open_model(self.model)
-        reference = None if self.against is None else open_model(self.against)
+        model = load(self.model)
+        reference = None if self.against is None else load(self.against)
         start = time.monotonic()
         out = evaluate(model, text, reference, self.convention, self_noise=self.self_noise)
         data = {"model": self.model, "text": str(self.text), "against": self.against, **out}
@@ -72,13 +71,12 @@ class Compare:
         from lowbit.evaluate.perplexity import evaluate
         from lowbit.experiment import report
         from lowbit.experiment.progress import Progress
-        from lowbit.export.open import open_model
 
         if len(self.models) < 2:
             raise InputError(f"compare {' '.join(self.models)}: {len(self.models)} model (needed: at least 2)")
         text = read_text(self.text, self.field)
-        reference = open_model(self.models[0])
-        others = [open_model(m) for m in self.models[1:]]
+        reference = load(self.models[0])
+        others = [load(m) for m in self.models[1:]]
         shortest = min(m.config.max_position for m in (reference, *others))
         convention = self.convention or default_convention(shortest)
         rows: list[dict[str, Any]] = []

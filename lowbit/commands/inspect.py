@@ -1,10 +1,15 @@
 """`lowbit inspect`, `lowbit estimate` and `lowbit formats`."""
 
 import dataclasses
+import math
 from typing import Any
 
-from lowbit.commands.common import Flag, Model, Result, Word, WordPath, lines, result
+from lowbit.commands.common import Flag, Model, Result, Word, WordPath, folder_of, lines, load, result
 from lowbit.errors import InputError
+
+
+def _yes(value: bool) -> str:
+    return "yes" if value else "no"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,9 +26,8 @@ class Inspect:
     def main(self) -> Result:
         from lowbit import tree as trees
         from lowbit.evaluate.size import file_bytes, layer_table, sizes
-        from lowbit.export.open import open_model
 
-        model = open_model(self.model)
+        model = load(self.model)
         tensors = layer_table(model.params)
         if self.stats:
             leaves = dict(trees.items(model.params))
@@ -74,7 +78,10 @@ def _cell(key: str, value: Any) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """Exact size of a quantization, the layer table, and memory, before doing it. Nothing is quantized."""
+    """Size of a quantization, the layer table and memory, before doing it. Nothing is quantized.
+
+    Packed tensors are counted exactly; tensors that stay as they are count as bf16.
+    """
 
     model: Model
     """Folder, file, run directory or hub id."""
@@ -93,13 +100,11 @@ class Estimate:
         shapes = config.shapes()
         table = plan.table(shapes)
         nbytes, bits, quantized = plans.total(table)
-        import math
-
         weights = [math.prod(s) for s in shapes.values()]
         memory = {
             "bf16_bytes": 2 * sum(weights),
-            "quantize_peak_bytes": 2 * sum(weights) + nbytes + 3 * 4 * max(weights),
-            "train_bytes": 16 * sum(weights),
+            "largest_tensor_bytes": 4 * max(weights),  # in float32, what quantize holds at a time
+            "train_state_bytes": 16 * sum(weights),  # float32 weights, gradients and two moments
         }
         data = {
             "model": self.model,
@@ -128,15 +133,10 @@ def make_plan(format: str | None, rules: Any) -> Any:
 
 def read_config(source: str) -> Any:
     """A model's configuration; the weights are read only where there is no other way."""
-    from pathlib import Path
-
-    from lowbit.export.open import open_model
     from lowbit.models.hf import load_config
 
-    for folder in (Path(source), Path(source) / "model"):
-        if (folder / "config.json").is_file():
-            return load_config(folder)
-    return open_model(source).config
+    folder = folder_of(source)
+    return load(source).config if folder is None else load_config(folder)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,12 +154,10 @@ class Formats:
         for name in base.names():
             fmt = base.get(name)
             bits = 8 * encoded_bytes(fmt, (4096, 4096)) / 4096**2
-            summary = (type(fmt).__doc__ or "").strip().split("\n")[0]
-            rows.append({"name": name, "bits_per_weight": bits, "trainable": fmt.trainable, "summary": summary})
+            rows.append({"name": name, "bits_per_weight": bits, "trainable": fmt.trainable, "tile": fmt.tile})
         width = max(len(r["name"]) for r in rows)
         text = "\n".join(
-            f"{r['name'].ljust(width)}  {r['bits_per_weight']:7.4f}  {'trains' if r['trainable'] else '      '}  "
-            f"{r['summary']}"
-            for r in rows
+            [f"{'name'.ljust(width)}  bits/weight  trained"]
+            + [f"{r['name'].ljust(width)}  {r['bits_per_weight']:11.4f}  {_yes(r['trainable'])}" for r in rows]
         )
         return result({"formats": rows}, text)

@@ -60,22 +60,21 @@ class Run:
         argv: Sequence[str] | None = None,
         tracking: str | None = None,
         project: str = "lowbit",
+        may_differ: Sequence[str] = (),
     ) -> "Run":
         """Creates a run directory, or reopens it with `resume`.
 
         `config` is a frozen dataclass or a JSON object. `tracking` is online, offline or disabled (default: the
-        environment's WANDB_MODE, else disabled). Raises `InputError` when the directory exists and is not empty
+        environment's WANDB_MODE, else disabled). `may_differ` are dotted config keys that a resumed run may change.
+        Raises `InputError` when the directory exists and is not empty
         (without `resume`), holds no run or a run with another config (with `resume`), or cannot be written.
         """
         dir = Path(dir)
         data = {} if config is None else config if isinstance(config, dict) else configs.to_json(config)
-        if dir.exists() and not dir.is_dir():
-            raise InputError(f"run directory {dir} is a file (allowed: a new or empty directory)")
         if resume:
-            info = check_resume(dir, data)
-        elif dir.exists() and any(dir.iterdir()):
-            raise InputError(f"run directory {dir} is not empty (allowed: a new directory, or --resume to continue it)")
+            info = check_resume(dir, data, may_differ)
         else:
+            check_new(dir)
             info = {"experiment": experiment, "id": secrets.token_hex(4), "starts": []}
         # The command first: an unwritable place fails here, before anything else exists.
         command = ["lowbit", *argv] if argv is not None else [Path(sys.argv[0]).name, *sys.argv[1:]]
@@ -148,11 +147,20 @@ class Run:
         self.close(kind is None)
 
 
-def check_resume(dir: Path, config: Mapping[str, Any]) -> dict[str, Any]:
+def check_new(dir: Path) -> None:
+    """Raises `InputError` unless a new run may go there."""
+    if dir.exists() and not dir.is_dir():
+        raise InputError(f"run directory {dir} is a file (allowed: a new or empty directory)")
+    if dir.exists() and any(dir.iterdir()):
+        raise InputError(f"run directory {dir} is not empty (allowed: a new directory, or --resume to continue it)")
+
+
+def check_resume(dir: Path, config: Mapping[str, Any], may_differ: Sequence[str] = ()) -> dict[str, Any]:
     """run.json of a run that may be resumed with `config`. Raises `InputError` naming the keys that differ."""
     if not (dir / "run.json").exists() or not (dir / "config.json").exists():
         raise InputError(f"nothing to resume in {dir}: no run.json and config.json (allowed: a run directory)")
     changed = configs.differences(_read_json(dir / "config.json"), dict(config))
+    changed = [line for line in changed if line.split(": ")[0] not in may_differ]
     if changed:
         raise InputError(f"cannot resume {dir} with another config: {'; '.join(changed)} (old -> new)")
     return _read_json(dir / "run.json")

@@ -33,7 +33,7 @@ def open_model(source: str | Path) -> Model:
 
 
 def _folder(path: Path) -> Path:
-    for candidate in (path, path / "model"):
+    for candidate in (path / "model", path):  # a run directory has a config.json too, of the run
         if (candidate / "config.json").is_file():
             return candidate
     found = ", ".join(sorted(p.name for p in path.iterdir())[:5]) or "nothing"

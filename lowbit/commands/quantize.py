@@ -1,0 +1,169 @@
+"""`lowbit quantize` and `lowbit export`."""
+
+import dataclasses
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from lowbit.commands.common import Flag, Model, Result, Word, WordPath, folder_of, lines, load, refuse_existing, result
+from lowbit.commands.inspect import make_plan
+from lowbit.errors import InputError, unknown
+
+SOLVERS = ("rtn",)
+TRANSFORMS = ("none",)
+
+
+@dataclasses.dataclass(frozen=True)
+class Quantize:
+    """Quantize a model without training, into a packed folder that every command reads."""
+
+    model: Model
+    """Folder, file, run directory or hub id."""
+    out: Annotated[Path, tyro.conf.arg(metavar="DIR")]
+    """Folder to write."""
+    format: Word = None
+    """Format of the linears inside blocks (see lowbit formats)."""
+    rules: WordPath = None
+    """TOML file of [[rule]] match, format; the first match wins."""
+    solver: str = "rtn"
+    """rtn: round to nearest."""
+    transform: str = "none"
+    """none: the network as it is."""
+    calib: WordPath = None
+    """Calibration text, for solvers that use data (rtn does not)."""
+    force: Flag = False
+    """Replace what is in --out."""
+    json: Flag = False
+    """Print one JSON object, and nothing else, on standard output."""
+
+    def main(self) -> Result:
+        from lowbit.commands.evaluate import read_text
+        from lowbit.evaluate.size import file_bytes, sizes
+        from lowbit.experiment.progress import Progress
+        from lowbit.models.hf import save_hf
+        from lowbit.ptq import rtn
+
+        if self.solver not in SOLVERS:
+            raise unknown("solver", self.solver, SOLVERS)
+        if self.transform not in TRANSFORMS:
+            raise unknown("transform", self.transform, TRANSFORMS)
+        plan = make_plan(self.format, self.rules)
+        refuse_existing(self.out, self.force)
+        if self.calib is not None:
+            read_text(self.calib)
+            print(f"lowbit: note: solver {self.solver} uses no data; --calib {self.calib} is not used", file=sys.stderr)
+        start = time.monotonic()
+        folder = folder_of(self.model)
+        if folder is not None:
+            partial = self.out.with_name(f".{self.out.name}.partial")
+            with Progress("quantize", 1) as progress:
+                try:
+                    rtn.quantize_dir(folder, plan, self.out, lambda done, total: progress.update(done, total=total))
+                except InputError as e:
+                    if not isinstance(e.__cause__, OSError):  # a full disk can be resumed, bad input cannot
+                        shutil.rmtree(partial, ignore_errors=True)
+                    raise
+        else:
+            model = load(self.model)
+            params = rtn.quantize(model.params, plan.resolve(model.config.shapes()))
+            save_hf(model.replace(params=params), self.out, dtype=None, packed=True)
+        data = {
+            "model": self.model,
+            "out": str(self.out),
+            "format": self.format,
+            "solver": self.solver,
+            "transform": self.transform,
+            "file_bytes": file_bytes(self.out),
+            **sizes(load(str(self.out)).params),
+            "seconds": round(time.monotonic() - start, 3),
+        }
+        return result(data, lines(data))
+
+
+@dataclasses.dataclass(frozen=True)
+class Export:
+    """Write a model for another runtime, reload what was written, and compare it with the model in memory."""
+
+    model: Model
+    """Folder, file, run directory or hub id."""
+    to: tyro.conf.UseAppendAction[tuple[str, ...]]
+    """gguf, gguf:TYPE (F16, Q8_0, Q4_0, TQ2_0, ...), hf, hf:DTYPE or packed; repeat for several."""
+    out: Annotated[Path, tyro.conf.arg(metavar="PATH")]
+    """File (gguf) or folder (hf, packed); with several targets, a folder that gets one of each."""
+    drop_activations: Flag = False
+    """Export a model with activation formats to a target that has none."""
+    force: Flag = False
+    """Replace what is at --out."""
+    json: Flag = False
+    """Print one JSON object, and nothing else, on standard output."""
+
+    def main(self) -> Result:
+        from lowbit.export.api import export, targets
+
+        allowed = targets()
+        for target in self.to:
+            if canonical(target) not in {canonical(t) for t in allowed}:
+                raise unknown("export target", target, allowed)
+        if not self.to:
+            raise InputError(f"export has 0 targets (allowed: --to with {', '.join(allowed)})")
+        if len(set(map(canonical, self.to))) != len(self.to):
+            raise InputError(f"export targets {', '.join(self.to)} (allowed: each once)")
+        paths = destinations(self.to, self.out, model_name(self.model))
+        for path in paths:
+            refuse_existing(path, self.force)
+        model = load(self.model)
+        reports = []
+        for target, path in zip(self.to, paths):
+            reports.append(export(model, target, path, drop_activations=self.drop_activations))
+            print(
+                f"export {target}: {path}, {reports[-1]['bytes']:,} bytes, KL to memory {reports[-1]['kl_mean']:.2e}",
+                file=sys.stderr,
+            )
+        data = {"model": self.model, "exports": reports}
+        if len(reports) == 1:
+            data |= reports[0]
+        text = "\n\n".join(lines(readable(r)) for r in reports)
+        return result(data, text)
+
+
+def readable(report: dict[str, Any]) -> dict[str, Any]:
+    """A report for a person: what is long is counted."""
+    out = {k: v for k, v in report.items() if v not in ([], {})}
+    if "rounded" in out:
+        out["rounded"] = f"{sum(out['rounded'].values()):,} values of {len(out['rounded'])} tensors"
+    if "fresh" in out:
+        out["fresh"] = f"{len(out['fresh'])} float tensors, quantized here"
+    if "types" in out:
+        out["types"] = ", ".join(f"{n} {t}" for t, n in out["types"].items())
+    if "notes" in out:
+        out["notes"] = "; ".join(out["notes"])
+    return out
+
+
+def model_name(source: str) -> str:
+    """A file name for a model: its folder's or file's name, without the suffix of a file."""
+    path = Path(source)
+    return (path.stem if path.is_file() else path.name) or "model"
+
+
+def canonical(target: str) -> str:
+    """Targets compare without regard to case."""
+    return target.lower()
+
+
+def destinations(targets: tuple[str, ...], out: Path, name: str) -> list[Path]:
+    """Where each target goes: `out` itself for one, `out/NAME-TYPE.gguf` and `out/hf` for several or a folder."""
+    several = len(targets) > 1
+    paths = []
+    for target in targets:
+        kind, _, option = target.partition(":")
+        if kind == "gguf":
+            inside = several or out.is_dir()
+            paths.append(out / (f"{name}-{option}.gguf" if option else f"{name}.gguf") if inside else out)
+        else:
+            paths.append(out / target.replace(":", "-") if several else out)
+    return paths

@@ -1,0 +1,240 @@
+"""`lowbit train`: quantization-aware training of a model on a text."""
+
+import dataclasses
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from lowbit.commands.common import Flag, Model, Result, Word, WordPath, lines, load, number, result
+from lowbit.commands.inspect import make_plan, read_config
+from lowbit.errors import InputError
+from lowbit.train.config import OPERATIONAL, TrainConfig
+
+DEFAULTS = TrainConfig(loss="kl", lr=3e-4, warmup=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Train:
+    """Quantization-aware training. The result, packed, lies in OUT/model and is a MODEL for every other command.
+
+    SIGTERM or Ctrl-C saves a checkpoint and stops; the same command with --resume goes on, to the same bits.
+    """
+
+    model: Model
+    """Folder, file, run directory or hub id."""
+    text: Annotated[Path, tyro.conf.arg(metavar="FILE")]
+    """UTF-8 text, .jsonl, or a folder of them."""
+    out: Annotated[Path, tyro.conf.arg(metavar="DIR")]
+    """Run directory."""
+    format: Word = None
+    """Format of the linears inside blocks (see lowbit formats); bf16 trains without quantization."""
+    rules: WordPath = None
+    """TOML file of [[rule]] match, format; the first match wins."""
+    recipe: str = "ste"
+    """ste: scales follow the weights; ste-learned: scales are trained."""
+    teacher: Word = None
+    """MODEL whose predictions are the target of kl (default: the model itself, as it was)."""
+    seq: int = 256
+    """Tokens of one training row."""
+    field: str = "text"
+    """Field of a .jsonl line that holds the text."""
+    train: tyro.conf.OmitArgPrefixes[TrainConfig] = DEFAULTS
+    resume: Flag = False
+    """Continue the run in --out."""
+    dry_run: Flag = False
+    """Print the layer table and the bytes of each device; write nothing."""
+    tracking: Word = None
+    """wandb: online, offline or disabled (default: WANDB_MODE, else disabled)."""
+    json: Flag = False
+    """Print one JSON object, and nothing else, on standard output."""
+
+    def main(self) -> Result:
+        from lowbit import qat
+        from lowbit.commands.evaluate import read_text
+        from lowbit.experiment.run import Run, check_new, check_resume
+        from lowbit.experiment.tracking import resolve_mode
+
+        recipe = qat.get(self.recipe)
+        train = with_recipe(self.train, recipe.defaults)
+        plan = make_plan(self.format, self.rules)
+        resolve_mode(self.tracking)
+        if self.seq < 2:
+            raise InputError(f"--seq is {self.seq} (allowed: at least 2)")
+        if self.teacher is not None and train.loss == "ce":
+            raise InputError("--teacher with --loss ce, which has none (allowed: kl, mixed)")
+        if self.dry_run:
+            return self.plan(plan, recipe, train)
+        text = read_text(self.text, self.field)
+        documents = [text] if isinstance(text, str) else text
+        saved = self.saved(plan, train)
+        may_differ = tuple(f"train.{k}" for k in OPERATIONAL) + (
+            ("train.steps",) if train.schedule == "constant" else ()
+        )
+        if self.resume:
+            check_resume(self.out, saved, may_differ)
+        else:
+            check_new(self.out)
+        job = prepare(self, plan, recipe, train, documents)
+        with Run.open(
+            self.out,
+            saved,
+            resume=self.resume,
+            experiment="lowbit train",
+            tracking=self.tracking,
+            may_differ=may_differ,
+        ) as run:
+            return job.run(run)
+
+    def saved(self, plan: Any, train: TrainConfig) -> dict[str, Any]:
+        """What config.json holds: everything that the result depends on."""
+        from lowbit.experiment.config import to_json
+
+        skip = ("out", "resume", "dry_run", "json", "tracking", "rules", "train")
+        mine = {k: v for k, v in to_json(self).items() if k not in skip}
+        return mine | {"rules": [dataclasses.asdict(r) for r in plan.rules], "train": to_json(train)}
+
+    def plan(self, plan: Any, recipe: Any, train: TrainConfig) -> Result:
+        """The dry run."""
+        import jax
+        import jax.numpy as jnp
+
+        from lowbit import plan as plans
+        from lowbit.models import decoder
+        from lowbit.train import memory
+        from lowbit.train.objective import language
+
+        config = read_config(self.model)
+        shapes = config.shapes()
+        table, assignment = plan.table(shapes), plan.resolve(shapes)
+        teacher = None if train.loss == "ce" else config if self.teacher is None else read_config(self.teacher)
+        objective = language(config, train, teacher)
+
+        def student() -> Any:
+            return recipe.prepare(decoder.init_params(config, jax.random.key(0)), assignment)
+
+        def frozen() -> Any:
+            return decoder.init_params(teacher, jax.random.key(0))
+
+        batch = {k: ((train.batch_size, self.seq + 1), jnp.int32) for k in ("tokens", "segments")}
+        bytes_ = memory.estimate(student, batch, objective, train, None if teacher is None else frozen)
+        nbytes, bits, quantized = plans.total(table)
+        data = {
+            "dry_run": True,
+            "model": self.model,
+            "devices": jax.device_count(),
+            "params": config.num_params,
+            "tokens_per_step": train.batch_size * self.seq,
+            "tokens": train.batch_size * self.seq * train.steps,
+            "per_device": dataclasses.asdict(bytes_),
+            "bytes": nbytes,
+            "bits_per_weight": bits,
+            "bits_per_weight_quantized": quantized or None,
+            "tensors": table,
+        }
+        shown = {k: v for k, v in data.items() if k not in ("tensors", "per_device", "dry_run")}
+        shown |= {f"per device: {k}": v for k, v in data["per_device"].items() if k != "whole"}
+        if bytes_.whole:
+            shown["not split by the mesh"] = ", ".join(bytes_.whole)
+        return result(data, f"{plans.render(table)}\n\n{lines(shown)}")
+
+
+def with_recipe(train: TrainConfig, defaults: dict[str, Any]) -> TrainConfig:
+    """The recipe's recommended settings, where the user has not chosen others."""
+    return dataclasses.replace(
+        train, **{k: v for k, v in defaults.items() if getattr(train, k) == getattr(DEFAULTS, k)}
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """Everything that training needs, checked: what `run` does can fail only for the machine."""
+
+    options: Train
+    model: Any
+    teacher: Any
+    recipe: Any
+    train: TrainConfig
+    assignment: Any
+    objective: Any
+    documents: list[str]
+
+    def run(self, run: Any) -> Result:
+        from lowbit.data import rows as data_rows
+        from lowbit.evaluate.size import file_bytes, sizes
+        from lowbit.experiment.progress import Progress
+        from lowbit.models.hf import save_hf
+        from lowbit.train.loop import train
+
+        o, start = self.options, time.monotonic()
+        rows = data_rows.prepare(self.documents, self.model.tokenizer, o.seq, run.path("data"))
+        params = self.recipe.prepare(self.model.params, self.assignment)
+        with Progress("train", self.train.steps, self.train.log_every) as progress:
+
+            def on_metrics(record: dict[str, Any]) -> None:
+                run.log(**record)
+                shown = {"loss": record["loss"], "lr": record["lr"], "tokens/s": record["tokens_per_second"]}
+                progress.update(record["step"], **shown)
+
+            def on_resume(step: int) -> None:
+                run.rewind(step)
+                progress.resume(step)
+
+            done = train(
+                params,
+                lambda step: rows.batch(step, self.train.batch_size, self.train.seed),
+                self.objective,
+                self.train,
+                teacher=None if self.teacher is None else self.teacher.params,
+                directory=run.path("checkpoints"),
+                resume=o.resume,
+                fingerprint={"rows": dataclasses.asdict(rows.manifest)},
+                on_metrics=on_metrics,
+                on_resume=on_resume,
+            )
+        data = {"out": str(run.dir), "model": o.model, "status": done.status, "step": done.step, "rows": len(rows)}
+        if done.status == "finished":
+            trained = self.model.replace(params=self.recipe.convert(done.params))
+            # What is not quantized leaves in the dtype that it came in.
+            save_hf(
+                trained, run.path("model"), dtype=str(self.model.params["model"]["embed_tokens"].dtype), packed=True
+            )
+            data |= {"saved": str(run.path("model")), "file_bytes": file_bytes(run.path("model"))}
+            data |= sizes(trained.params)
+        logged = run.metrics()
+        data |= {"loss": logged[-1]["loss"] if logged else None, "seconds": round(time.monotonic() - start, 3)}
+        run.summary(**data)
+        return result(data, f"{lines(data)}\n{done.message}")
+
+
+def prepare(options: Train, plan: Any, recipe: Any, train: TrainConfig, documents: list[str]) -> Job:
+    """Reads the models and checks everything, before the run directory exists."""
+    from lowbit.train.objective import language
+
+    model = load(options.model)
+    if model.tokenizer is None:
+        raise InputError(f"model {options.model} has no tokenizer (allowed: a model with one)")
+    if options.seq > model.config.max_position:
+        raise InputError(f"--seq is {options.seq} (allowed: at most the model's context, {model.config.max_position})")
+    assignment = plan.resolve(model.config.shapes())
+    teacher = None
+    if train.loss != "ce":
+        teacher = model if options.teacher is None else load(options.teacher)
+    objective = language(model.config, train, None if teacher is None else teacher.config)
+    if teacher is not None and teacher is not model and teacher.tokenizer is not None:
+        if teacher.tokenizer.hash != model.tokenizer.hash:
+            raise InputError(
+                f"teacher {options.teacher} has another tokenizer than {options.model} (allowed: the same)"
+            )
+    recipe.prepare(model.params, assignment)
+    tokens = 0
+    for ids in map(model.tokenizer.encode, documents):
+        tokens += len(ids) + len(model.tokenizer.eos_ids[:1])
+        if tokens > options.seq:
+            break
+    else:
+        raise InputError(
+            f"text {options.text} has {number(tokens)} tokens (needed: at least {options.seq + 1}, one row of --seq)"
+        )
+    return Job(options, model, teacher, recipe, train, assignment, objective, documents)
