@@ -146,7 +146,7 @@ class Rows:
         document = np.searchsorted(self._starts, positions, side="right").astype(np.int32)
         return np.asarray(self._tokens[first : first + len(positions)], np.int32), document - document[0]
 
-    def take(self, indices: Sequence[int]) -> dict[str, np.ndarray]:
+    def take(self, indices: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:
         """The rows of `indices`, stacked: `tokens` and `segments`, int32 `[N, seq_len + 1]`."""
         pairs = [self[int(i)] for i in indices]
         return {"tokens": np.stack([t for t, _ in pairs]), "segments": np.stack([s for _, s in pairs])}
@@ -177,13 +177,13 @@ class Rows:
 def permute(index: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarray:
     """`p(index)` for a permutation p of `range(n)` that depends on (seed, epoch) only.
 
-    A four-round Feistel network on the smallest even number of bits that holds n, walked until it lands inside: no
+    An eight-round Feistel network on the smallest even number of bits that holds n, walked until it lands inside: no
     table, no library generator whose stream could change between versions.
     """
     half = max(1, ((max(n - 1, 1)).bit_length() + 1) // 2)
     mask = np.uint64((1 << half) - 1)
-    digest = hashlib.sha256(f"{seed}/{epoch}".encode()).digest()
-    keys = [np.uint64(int.from_bytes(digest[8 * r : 8 * r + 8], "little")) for r in range(4)]
+    digest = hashlib.sha512(f"{seed}/{epoch}".encode()).digest()
+    keys = [np.uint64(int.from_bytes(digest[8 * r : 8 * r + 8], "little")) for r in range(8)]
     out = np.array(index, np.uint64)
     todo = np.ones(out.shape, bool)
     while todo.any():
