@@ -9,6 +9,9 @@ There is no generator state to save: everything random is a function of the seed
 
 import dataclasses
 import logging
+import os
+import re
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +25,7 @@ from lowbit.errors import InputError
 from lowbit.train.params import Flat, Layout, unflatten
 from lowbit.tree import Tree
 
+SLACK = 2**20  # bytes beyond the arrays, for metadata
 # What orbax and tensorstore raise for full disks, lost permissions and damaged files.
 FAILURES = (OSError, ValueError, KeyError, TypeError, RuntimeError)
 
@@ -41,7 +45,7 @@ class Checkpoints:
     """The checkpoints of one run, in `directory`: the `keep` latest and the one with the lowest metric."""
 
     def __init__(self, directory: str | Path, keep: int = 2):
-        logging.getLogger("absl").setLevel(logging.ERROR)  # orbax narrates every save
+        logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax narrates saves; errors are raised
         self.directory = Path(directory).absolute()
         best = policies.BestN(
             get_metric_fn=lambda m: m["metric"], reverse=True, n=1, keep_checkpoints_without_metrics=False
@@ -68,11 +72,15 @@ class Checkpoints:
             opt=ocp.args.StandardSave(_named(opt)),
             meta=ocp.args.JsonSave(dataclasses.asdict(meta)),
         )
+        need = sum(a.nbytes for a in jax.tree.leaves((params, opt)))
+        free = shutil.disk_usage(self.directory).free
+        if free < need + SLACK:
+            raise self._failed(f"{need} bytes needed, {free} free")
         metrics = None if meta.metric is None else {"metric": float(meta.metric)}
         try:
             self._manager.save(meta.step, args=args, metrics=metrics, force=True)
         except FAILURES as e:
-            raise self._failed(meta.step, e) from e
+            raise self._failed(_line(e)) from e
 
     def wait(self) -> None:
         """Until everything is on disk. Raises `InputError` when a write failed."""
@@ -80,14 +88,14 @@ class Checkpoints:
             self._manager.wait_until_finished()
             self._manager.check_for_errors()
         except FAILURES as e:
-            raise self._failed(None, e) from e
+            raise self._failed(_line(e)) from e
 
     def close(self) -> None:
         """Releases the threads."""
         try:
             self._manager.close()
         except FAILURES as e:
-            raise self._failed(None, e) from e
+            raise self._failed(_line(e)) from e
 
     def preempted(self, step: int) -> bool:
         """Whether a scheduler told any process of a multi-process run to stop; all processes agree on the step."""
@@ -114,14 +122,13 @@ class Checkpoints:
             return out.params, None
         return out.params, jax.tree.unflatten(jax.tree.structure(opt), [out.opt[n] for n in _named(opt)])
 
-    def _failed(self, step: int | None, e: Exception) -> InputError:
-        at = "" if step is None else f" {step}"
+    def _failed(self, why: str) -> InputError:
         try:
             good = self.steps()
         except FAILURES:
             good = []
         last = f"step {good[-1]}" if good else "none"
-        return InputError(f"cannot write checkpoint{at} in {self.directory}: {_line(e)} (last good checkpoint: {last})")
+        return InputError(f"cannot write a checkpoint to {self.directory}: {why} (last good checkpoint: {last})")
 
 
 def refuse_other_config(saved: Mapping[str, Any], now: Mapping[str, Any], directory: Path) -> None:
@@ -168,6 +175,6 @@ def _named(tree: Any) -> dict[str, Array]:
 
 
 def _line(e: BaseException) -> str:
-    """First line of an error, without the status dumps that tensorstore appends."""
-    text = str(e).strip() or type(e).__name__
-    return " ".join(text.split())[:300]
+    """What went wrong in a few words; tensorstore wraps an errno in a long status message."""
+    code = re.search(r"os_error_code='(\d+)'", str(e))
+    return os.strerror(int(code[1])) if code else " ".join((str(e) or type(e).__name__).split())[:300]

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
+import numpy as np
 from jaxtyping import Array
 
 from lowbit.errors import InputError
@@ -27,7 +28,7 @@ from lowbit.train.step import Setup, abstract, prepare
 from lowbit.tree import Tree
 
 Batches = Callable[[int], Mapping[str, Any]]
-Record = dict[str, float]
+Record = dict[str, int | float]
 
 
 class TrainingDiverged(InputError):
@@ -166,8 +167,8 @@ def _resume(checkpoints: Checkpoints, step: int, setup: Setup, identity: Mapping
 
 def _checked(batch: Mapping[str, Any], config: TrainConfig, step: int) -> Mapping[str, Any]:
     for name, a in batch.items():
-        if a.shape[0] != config.batch_size:
-            raise InputError(f"batch of step {step}: {name} has {a.shape[0]} rows (allowed: {config.batch_size})")
+        if np.shape(a)[:1] != (config.batch_size,):
+            raise InputError(f"batch {step}: {name} is {list(np.shape(a))} (allowed: {config.batch_size} rows)")
     return batch
 
 

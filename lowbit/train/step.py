@@ -78,7 +78,7 @@ def build(
         loss, tokens, grads = accumulate(total, learned, batch, config.microbatches, mesh)
         lr = optimizer.schedule(config)(opt["step"])
         updates, state = tx.update(grads, opt["optax"], learned)
-        metrics = {"loss": loss, "grad_norm": optax.global_norm(grads), "tokens": tokens, "lr": lr}
+        metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads), "tokens": tokens, "lr": lr}
         return optax.apply_updates(learned, updates), {"step": opt["step"] + 1, "optax": state}, metrics
 
     outs = ({n: where.of(n) for n in learned}, opt_where, NamedSharding(mesh, PartitionSpec()))

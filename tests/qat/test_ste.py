@@ -1,12 +1,10 @@
 """Recipe `ste`: what is trained is what is packed."""
 
-import sys
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from models import CONFIG, params, rows
 
 from lowbit import qat
 from lowbit import tree as trees
@@ -16,9 +14,6 @@ from lowbit.formats.fake_quant import QuantizedInput
 from lowbit.models.decoder import forward
 from lowbit.plan import Plan, Rule
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "train"))
-from models import CONFIG, params, rows  # noqa: E402
-
 MIXED = Plan(
     (
         Rule(r".*\.layers\.1\.self_attn\..*", "int8:channel"),
@@ -27,13 +22,19 @@ MIXED = Plan(
     ),
     "int2:g16",
 )
-PLANS = {name: Plan.uniform(name) for name in ("int4:g16", "int3:g16:asym", "ternary:tensor", "ternary:g16")}
+PLANS = {name: Plan.uniform(name) for name in ("int3:g16:asym", "ternary:tensor")}
 PLANS["mixed"] = MIXED
 
 
-@pytest.mark.parametrize("recipe", ["ste", "ste-learned"])
-@pytest.mark.parametrize("plan", list(PLANS))
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "recipe, plan, dtype",
+    [
+        ("ste", "int3:g16:asym", "float32"),
+        ("ste", "ternary:tensor", "float32"),
+        ("ste", "mixed", "bfloat16"),
+        ("ste-learned", "mixed", "float32"),
+    ],
+)
 def test_forward_of_packed_equals_forward_in_training(plan, recipe, dtype):
     r = qat.get(recipe)
     original = params(1)
