@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -58,11 +59,21 @@ def number(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:.6g}"
 
 
-def refuse_existing(path: Path, force: bool) -> None:
-    """Raises `InputError` when an output exists (an empty folder does not count) and `--force` was not given."""
+def check_output(path: Path, force: bool) -> None:
+    """Raises `InputError` when an output exists (an empty folder does not count) and `--force` was not given, or when
+    it cannot be created: better now than after the work."""
     there = any(path.iterdir()) if path.is_dir() else path.exists()
     if there and not force:
         raise InputError(f"output {path} exists (allowed: a new path, or --force to replace it)")
+    check_writable(path)
+
+
+def check_writable(path: Path) -> None:
+    """Raises `InputError` unless the nearest folder above `path` that exists can be written to."""
+    above = next(p for p in path.absolute().parents if p.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        why = "is not writable" if above.is_dir() else "is a file"
+        raise InputError(f"cannot write {path}: {above} {why} (allowed: a path in a writable folder)")
 
 
 def folder_of(source: str) -> Path | None:

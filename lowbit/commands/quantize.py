@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from lowbit.commands.common import Flag, Model, Result, Word, WordPath, folder_of, lines, load, refuse_existing, result
+from lowbit.commands.common import Flag, Model, Result, Word, WordPath, check_output, folder_of, lines, load, result
 from lowbit.commands.inspect import make_plan
 from lowbit.errors import InputError, unknown
 
@@ -52,7 +52,7 @@ class Quantize:
         if self.transform not in TRANSFORMS:
             raise unknown("transform", self.transform, TRANSFORMS)
         plan = make_plan(self.format, self.rules)
-        refuse_existing(self.out, self.force)
+        check_output(self.out, self.force)
         if self.calib is not None:
             read_text(self.calib)
             print(f"lowbit: note: solver {self.solver} uses no data; --calib {self.calib} is not used", file=sys.stderr)
@@ -60,13 +60,22 @@ class Quantize:
         folder = folder_of(self.model)
         if folder is not None:
             partial = self.out.with_name(f".{self.out.name}.partial")
-            with Progress("quantize", 1) as progress:
-                try:
-                    rtn.quantize_dir(folder, plan, self.out, lambda done, total: progress.update(done, total=total))
-                except InputError as e:
-                    if not isinstance(e.__cause__, OSError):  # a full disk can be resumed, bad input cannot
-                        shutil.rmtree(partial, ignore_errors=True)
-                    raise
+            bars: list[Progress] = []
+
+            def on_block(done: int, total: int) -> None:
+                if not bars:
+                    bars.append(Progress("quantize", total, pause=2.0))
+                bars[0].update(done)
+
+            try:
+                rtn.quantize_dir(folder, plan, self.out, on_block)
+            except InputError as e:
+                if not isinstance(e.__cause__, OSError):  # a full disk can be resumed, bad input cannot
+                    shutil.rmtree(partial, ignore_errors=True)
+                raise
+            finally:
+                for bar in bars:
+                    bar.close()
         else:
             model = load(self.model)
             params = rtn.quantize(model.params, plan.resolve(model.config.shapes()))
@@ -114,7 +123,7 @@ class Export:
             raise InputError(f"export targets {', '.join(self.to)} (allowed: each once)")
         paths = destinations(self.to, self.out, model_name(self.model))
         for path in paths:
-            refuse_existing(path, self.force)
+            check_output(path, self.force)
         model = load(self.model)
         reports = []
         for target, path in zip(self.to, paths):

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import tyro
 
 from lowbit.commands.common import Flag, Result, Word, WordPath, lines, plain, result
+from lowbit.commands.inspect import tensor_table
 from lowbit.errors import InputError
 from lowbit.experiment import config as configs
 
@@ -143,7 +144,10 @@ def _dry_run(experiment: configs.Experiment, config: Any) -> Result:
     if isinstance(plan, str):
         text += f"\n\n{plan}"
     elif plan is not None:
-        text += "\n\n" + lines(configs.flatten(plain(plan)))
+        flat = configs.flatten(plain(plan))
+        tables = {k: v for k, v in flat.items() if isinstance(v, list) and v and isinstance(v[0], dict)}
+        text += "\n\n" + lines({k: v for k, v in flat.items() if k not in tables})
+        text += "".join(f"\n\n{name}\n{tensor_table(rows)}" for name, rows in tables.items())
     return result({"dry_run": True, "config": resolved, "fingerprint": configs.fingerprint(config), "plan": plan}, text)
 
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from lowbit.commands.common import Flag, Model, Result, Word, WordPath, lines, load, number, result
+from lowbit.commands.common import Flag, Model, Result, Word, WordPath, check_writable, lines, load, number, result
 from lowbit.commands.inspect import make_plan, read_config
 from lowbit.errors import InputError
 from lowbit.train.config import OPERATIONAL, TrainConfig
@@ -76,6 +76,7 @@ class Train:
             check_resume(self.out, saved, may_differ)
         else:
             check_new(self.out)
+            check_writable(self.out)
         job = prepare(self, plan, recipe, train, documents)
         with Run.open(
             self.out,
@@ -210,6 +211,7 @@ class Job:
 
 def prepare(options: Train, plan: Any, recipe: Any, train: TrainConfig, documents: list[str]) -> Job:
     """Reads the models and checks everything, before the run directory exists."""
+    from lowbit.train import sharding
     from lowbit.train.objective import language
 
     model = load(options.model)
@@ -228,6 +230,7 @@ def prepare(options: Train, plan: Any, recipe: Any, train: TrainConfig, document
                 f"teacher {options.teacher} has another tokenizer than {options.model} (allowed: the same)"
             )
     recipe.prepare(model.params, assignment)
+    sharding.check_batch(train.batch_size, train.microbatches, sharding.make_mesh(train.mesh))
     tokens = 0
     for ids in map(model.tokenizer.encode, documents):
         tokens += len(ids) + len(model.tokenizer.eos_ids[:1])

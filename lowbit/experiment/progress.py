@@ -8,11 +8,14 @@ from typing import Any, TextIO
 class Progress:
     """`update(step, loss=...)` as work goes on; use as a context manager. Standard output stays free for results."""
 
-    def __init__(self, label: str, total: int, every: int | None = None, stream: TextIO | None = None):
-        self.label, self.total = label, max(total, 1)
+    def __init__(
+        self, label: str, total: int, every: int | None = None, stream: TextIO | None = None, pause: float = 0.0
+    ):
+        """`every` is steps between plain lines (default: a twentieth), `pause` the least seconds between them."""
+        self.label, self.total, self.pause = label, max(total, 1), pause
         self.every = every or max(1, self.total // 20)
         self.stream = stream or sys.stderr
-        self._start = time.monotonic()
+        self._start = self._last = time.monotonic()
         self._first = self._printed = 0
         self._bar: Any = None
         self._task: Any = None
@@ -42,8 +45,11 @@ class Progress:
         elif step >= self.total or step - self._printed >= self.every:
             if self._printed >= self.total:
                 return
-            self._printed = step
-            spent = time.monotonic() - self._start
+            now = time.monotonic()
+            if step < self.total and now - self._last < self.pause:
+                return
+            self._printed, self._last = step, now
+            spent = now - self._start
             left = spent / max(step - self._first, 1) * (self.total - step)
             clock = f"{spent:.0f} s, {left:.0f} s left" if step < self.total else f"{spent:.0f} s"
             print("  ".join(p for p in (f"{self.label} {step}/{self.total}", note, clock) if p), file=self.stream)

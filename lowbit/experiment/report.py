@@ -47,7 +47,7 @@ COLUMNS: dict[str, tuple[str, str]] = {
     "same_top1": ("same top-1", "%"),
     "seconds": ("seconds", ".1f"),
 }
-HIDDEN = ("method", "format")
+HIDDEN = ("method", "format", "convention", "tokens", "windows", "perplexity_stderr", "kl_mean_stderr")
 DEFAULT = ("file_bytes", "bits_per_weight", "bits_per_weight_quantized", "perplexity", "nats_per_token", "kl_mean",
            "kl_p99", "same_top1", "seconds")  # fmt: skip
 

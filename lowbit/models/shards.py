@@ -131,12 +131,12 @@ class ShardWriter:
         self._begin()
 
     def _begin(self) -> None:
-        self._spool = open(self.folder / f".spool{len(self._done)}", "wb")
+        self._spool = self.folder / f".spool{len(self._done)}"
+        self._spool.touch()
         self._header: dict[str, Any] = {}
 
     def _end(self) -> None:
-        self._spool.close()
-        self._done.append((Path(self._spool.name), self._header, self._size))
+        self._done.append((self._spool, self._header, self._size))
 
     @property
     def _size(self) -> int:
@@ -150,7 +150,8 @@ class ShardWriter:
         begin = self._size
         entry = {"dtype": CODES[a.dtype], "shape": list(a.shape), "data_offsets": [begin, begin + a.nbytes]}
         self._header[name] = entry
-        self._spool.write(np.ascontiguousarray(a).view(np.uint8).data if a.ndim else a.tobytes())
+        with open(self._spool, "ab") as f:  # nothing stays open if the next tensor is refused
+            f.write(np.ascontiguousarray(a).view(np.uint8).data if a.ndim else a.tobytes())
 
     def close(self) -> None:
         """Puts headers before the data; with more than one shard also writes the index."""
