@@ -19,7 +19,7 @@ def _stored(leaf: Any) -> Any:
     if isinstance(leaf, QuantizedInput):
         return _stored(leaf.w)
     if isinstance(leaf, Latent):
-        return jax.eval_shape(leaf.encode)
+        return jax.eval_shape(lambda latent: latent.encode(), leaf)
     return leaf
 
 
