@@ -18,7 +18,6 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
-from jaxtyping import Array
 from orbax.checkpoint import checkpoint_managers as policies
 
 from lowbit.errors import InputError
@@ -168,7 +167,7 @@ def describe(params: Flat) -> dict[str, Any]:
     return {n: [list(a.shape), str(a.dtype)] for n, a in params.items()}
 
 
-def _named(tree: Any) -> dict[str, Array]:
+def _named(tree: Any) -> dict[str, Any]:
     """Leaves of an optimizer state under unique names, in flattening order."""
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
     return {f"{i:05d}{jax.tree_util.keystr(path)}": leaf for i, (path, leaf) in enumerate(leaves)}

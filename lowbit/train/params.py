@@ -8,8 +8,6 @@ groups, sharding rules and checkpoints need not know which. What a format adds g
 from collections.abc import Mapping
 from typing import Any
 
-from jaxtyping import Array
-
 from lowbit import tree as trees
 from lowbit.errors import InputError, unknown
 from lowbit.formats import base, fake_quant
@@ -17,7 +15,7 @@ from lowbit.formats.base import Latent, QTensor
 from lowbit.formats.fake_quant import QuantizedInput
 from lowbit.tree import Tree
 
-Flat = dict[str, Array]
+Flat = dict[str, Any]  # arrays, or `ShapeDtypeStruct`s where nothing is computed yet
 Layout = dict[str, dict[str, Any]]  # path -> {"kind": "array" | "latent" | "packed", ...}, JSON-able
 
 
