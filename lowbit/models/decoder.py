@@ -20,6 +20,7 @@ from jaxtyping import Array, Bool, Float, Int
 from lowbit import tree as trees
 from lowbit.errors import InputError, unknown
 from lowbit.kernels.qdot import qdot
+from lowbit.kernels.qdot.api import dense
 from lowbit.models.config import ModelConfig, RopeScaling
 from lowbit.tree import Tree
 
@@ -30,7 +31,10 @@ REMAT = ("none", "full", "dots")
 @partial(jax.tree_util.register_dataclass, data_fields=["k", "v", "length"], meta_fields=[])
 @dataclasses.dataclass(frozen=True)
 class Cache:
-    """Keys (after RoPE) and values of every layer: `[L, B, S, KV, Dh]`, filled up to `length`."""
+    """Keys (after RoPE) and values of every layer: `[L, B, S, KV, Dh]`, filled up to `length`.
+
+    The caller sees to it that `length` plus the new tokens stays within `S`: beyond it, writes land on the last slots.
+    """
 
     k: Float[Array, "L B S KV Dh"]
     v: Float[Array, "L B S KV Dh"]
@@ -87,9 +91,11 @@ def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None = 
     return np.where(wavelength > low, freq / scaling.factor, np.where(wavelength < high, freq, mixed))
 
 
-def rope(x_BTHD: Float[Array, "B T H D"], angles_BTd: Float[Array, "B T d"]) -> Float[Array, "B T H D"]:
-    """Rotates the two halves of each head (HF convention) by position * frequency."""
-    cos, sin = jnp.cos(angles_BTd)[:, :, None], jnp.sin(angles_BTd)[:, :, None]
+def rope(
+    x_BTHD: Float[Array, "B T H D"], cos_BTd: Float[Array, "#B T d"], sin_BTd: Float[Array, "#B T d"]
+) -> Float[Array, "B T H D"]:
+    """Rotates the two halves of each head (HF convention) by position * frequency; in float32, cast back."""
+    cos, sin = cos_BTd[:, :, None], sin_BTd[:, :, None]
     a, b = jnp.split(x_BTHD.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BTHD.dtype)
 
@@ -98,7 +104,7 @@ def attend(
     q_BTHD: Float[Array, "B T H D"],
     k_BSKD: Float[Array, "B S K D"],
     v_BSKD: Float[Array, "B S K D"],
-    mask_BTS: Bool[Array, "B T S"],
+    mask_BTS: Bool[Array, "#B T S"],
     scale: float,
     softcap: float | None = None,
 ) -> Float[Array, "B T H D"]:
@@ -136,13 +142,12 @@ def _linear(config: ModelConfig, layer: Tree, name: str, x: Array) -> Array:
 
 
 def _layer(
-    config: ModelConfig, layer: Tree, x_BTD: Array, masks: Array, angles: Array, kind: Array, kv: Any, start: Any
+    config: ModelConfig, layer: Tree, x_BTD: Array, mask: Array, cos: Array, sin: Array, kv: Any, slot: Any
 ) -> tuple[Array, Any]:
-    """One block. `masks` and `angles` hold the full-attention and sliding-window version; `kind` picks one."""
+    """One block. `kv` is the whole cache's `(k, v)` or None, `slot` the layer and position that it is written at."""
     norm = partial(rms_norm, eps=config.norm_eps, plus_one=config.norm_plus_one)
     linear = partial(_linear, config)
     attn, mlp = layer["self_attn"], layer["mlp"]
-    mask, angle = masks[kind], angles[kind]
 
     h = norm(x_BTD, layer["input_layernorm"]) if config.input_norm else x_BTD
     q = rearrange(linear(attn, "q_proj", h), "B T (H D) -> B T H D", D=config.head_dim)
@@ -150,12 +155,12 @@ def _layer(
     v = rearrange(linear(attn, "v_proj", h), "B T (K D) -> B T K D", D=config.head_dim)
     if config.qk_norm:
         q, k = norm(q, attn["q_norm"]), norm(k, attn["k_norm"])
-    q, k = rope(q, angle), rope(k, angle)
+    q, k = rope(q, cos, sin), rope(k, cos, sin)
     if kv is not None:
-        k_all = jax.lax.dynamic_update_slice_in_dim(kv[0], k.astype(kv[0].dtype), start, axis=1)
-        v_all = jax.lax.dynamic_update_slice_in_dim(kv[1], v.astype(kv[1].dtype), start, axis=1)
-        kv = (k_all, v_all)
-        k, v = k_all.astype(q.dtype), v_all.astype(q.dtype)
+        index, start = slot
+        at = (index, 0, start, 0, 0)
+        kv = tuple(jax.lax.dynamic_update_slice(old, new.astype(old.dtype)[None], at) for old, new in zip(kv, (k, v)))
+        k, v = (jax.lax.dynamic_index_in_dim(t, index, keepdims=False).astype(q.dtype) for t in kv)
     scale = config.query_scale if config.query_scale is not None else config.head_dim**-0.5
     out = rearrange(attend(q, k, v, mask, scale, config.attn_softcap), "B T H D -> B T (H D)")
     h = linear(attn, "o_proj", out)
@@ -183,15 +188,44 @@ def _runs(layers: Sequence[Tree]) -> list[tuple[int, int]]:
     return runs
 
 
-def _remat(policy: RematPolicy, f: Any) -> Any:
+def _remat(policy: RematPolicy, f: Any, scanned: bool) -> Any:
+    # Inside a scan nothing can be merged across iterations, so the barrier against it would only cost time.
+    remat = partial(jax.checkpoint, f, prevent_cse=not scanned)
     match policy:
         case "none":
             return f
         case "full":
-            return jax.checkpoint(f)
+            return remat()
         case "dots":
-            return jax.checkpoint(f, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable)
+            return remat(policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable)
     raise unknown("remat policy", policy, REMAT)
+
+
+def _attention_inputs(
+    config: ModelConfig, T: int, S: int, start: Array, segments_BT: Array | None, pads_B: Array | None
+) -> tuple[Array, Array, Array, Array]:
+    """`(kinds [L], masks [N, #B, T, S], cos, sin [N, #B, T, Dh / 2])`; layer `l` uses version `kinds[l]` of each."""
+    versions = sorted(set(config.sliding))
+    slots_T, slots_S = start + jnp.arange(T), jnp.arange(S)
+    causal = slots_S[None, :] <= slots_T[:, None]
+    masks, freqs = [], []
+    for sliding in versions:
+        near = slots_S[None, :] > slots_T[:, None] - (config.sliding_window or 0)
+        masks.append(causal & near if sliding else causal)
+        local = sliding and config.rope_local_theta is not None
+        theta, scaling = (config.rope_local_theta, None) if local else (config.rope_theta, config.rope_scaling)
+        freqs.append(rope_frequencies(config.head_dim, theta, scaling))
+    mask_NBTS = jnp.stack(masks)[:, None]
+    position_BT = slots_T[None]
+    if segments_BT is not None:
+        mask_NBTS = mask_NBTS & (segments_BT[:, :, None] == segments_BT[:, None, :])
+    if pads_B is not None:
+        mask_NBTS = mask_NBTS & (slots_S >= pads_B[:, None])[:, None]
+        position_BT = jnp.maximum(position_BT - pads_B[:, None], 0)
+    freq_Nd = jnp.asarray(np.stack(freqs), jnp.float32)
+    angle_NBTd = position_BT.astype(jnp.float32)[None, :, :, None] * freq_Nd[:, None, None]
+    kinds = jnp.asarray([versions.index(s) for s in config.sliding], jnp.int32)
+    return kinds, mask_NBTS, jnp.cos(angle_NBTd), jnp.sin(angle_NBTd)
 
 
 def hidden_states(
@@ -201,69 +235,48 @@ def hidden_states(
     *,
     cache: Cache | None = None,
     segments_BT: Int[Array, "B T"] | None = None,
+    pads_B: Int[Array, " B"] | None = None,
     remat: RematPolicy = "none",
+    scan: bool = True,
     dtype: Any = jnp.float32,
 ) -> tuple[Float[Array, "B T D"], Cache | None]:
     """Final hidden states (after the last norm) and the updated cache.
 
     `segments_BT` gives each token its document: attention does not cross documents (positions keep counting, which
-    RoPE does not see inside a document). Ignored together with a cache.
+    RoPE does not see inside a document). `pads_B` counts padding at the left of each row: those slots are seen by no
+    other, and positions start after them. `scan=False` unrolls all layers: a scan stacks their weights first, a copy
+    that a one-token step would pay for each time. Raises `InputError` for a sequence beyond `max_position` and for
+    segments together with a cache.
     """
     B, T = tokens_BT.shape
     start = jnp.zeros((), jnp.int32) if cache is None else cache.length
     S = T if cache is None else cache.k.shape[2]
     if cache is None and T > config.max_position:
         raise InputError(f"sequence of {T} tokens (the model's max_position_embeddings is {config.max_position})")
-    x = embed(params, tokens_BT, config, dtype)
-
-    pos_T, pos_S = start + jnp.arange(T), jnp.arange(S)
-    causal = pos_S[None, :] <= pos_T[:, None]
-    window = config.sliding_window
-    near = causal if window is None else causal & (pos_S[None, :] > pos_T[:, None] - window)
-    masks = jnp.broadcast_to(jnp.stack([causal, near])[:, None], (2, B, T, S))
-    if segments_BT is not None:
-        if cache is not None:
-            raise InputError("segments together with a cache (allowed: one of the two)")
-        masks = masks & (segments_BT[:, :, None] == segments_BT[:, None, :])
-    theta_local = config.rope_local_theta
-    full = rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
-    local = full if theta_local is None else rope_frequencies(config.head_dim, theta_local)
-    freqs = jnp.asarray(np.stack([full, local]), jnp.float32)
-    angles = jnp.broadcast_to(
-        pos_T.astype(jnp.float32)[None, None, :, None] * freqs[:, None, None], (2, B, T, freqs.shape[1])
-    )
-
+    if cache is not None and segments_BT is not None:
+        raise InputError("segments together with a cache (allowed: one of the two)")
+    kinds, masks, cos, sin = _attention_inputs(config, T, S, start, segments_BT, pads_B)
     layers = [params["model"]["layers"][str(i)] for i in range(config.num_layers)]
-    kinds = jnp.asarray(config.sliding, jnp.int32)
-    ks, vs = [], []
 
-    def step(x: Array, xs: Any) -> tuple[Array, Any]:
-        layer, kind, kv = xs
-        return _layer(config, layer, x, masks, angles, kind, kv, start)
+    def step(carry: Any, xs: Any) -> tuple[Any, None]:
+        (x, kv), (layer, kind, index) = carry, xs
+        return _layer(config, layer, x, masks[kind], cos[kind], sin[kind], kv, (index, start)), None
 
-    step = _remat(remat, step)
-    for a, b in _runs(layers):
-        kv = None if cache is None else (cache.k[a:b], cache.v[a:b])
+    carry = (embed(params, tokens_BT, config, dtype), None if cache is None else (cache.k, cache.v))
+    for a, b in _runs(layers) if scan else [(i, i + 1) for i in range(len(layers))]:
         if b - a == 1:
-            x, out = step(x, (layers[a], kinds[a], jax.tree.map(lambda t: t[0], kv)))
-            out = jax.tree.map(lambda t: t[None], out)
+            carry, _ = _remat(remat, step, False)(carry, (layers[a], kinds[a], a))
         else:
-            stacked = jax.tree.map(lambda *ls: jnp.stack(ls), *layers[a:b])
-            x, out = jax.lax.scan(step, x, (stacked, kinds[a:b], kv))
-        if cache is not None:
-            ks.append(out[0])
-            vs.append(out[1])
+            stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers[a:b])
+            carry, _ = jax.lax.scan(_remat(remat, step, True), carry, (stacked, kinds[a:b], jnp.arange(a, b)))
+    x, kv = carry
     x = rms_norm(x, params["model"]["norm"], config.norm_eps, config.norm_plus_one)
-    new = None if cache is None else Cache(jnp.concatenate(ks), jnp.concatenate(vs), start + T)
-    return x, new
+    return x, None if kv is None else Cache(*kv, start + T)
 
 
 def embed(params: Tree, tokens_BT: Int[Array, "B T"], config: ModelConfig, dtype: Any) -> Float[Array, "B T D"]:
     """Rows of the embedding (decoded whole if it is packed), times the family's embedding scale."""
-    table = params["model"]["embed_tokens"]
-    from lowbit.kernels.qdot.api import dense
-
-    x = jnp.take(dense(table), tokens_BT, axis=0).astype(dtype)
+    x = jnp.take(dense(params["model"]["embed_tokens"]), tokens_BT, axis=0).astype(dtype)
     return x if config.embed_scale == 1.0 else x * jnp.asarray(config.embed_scale, dtype)
 
 

@@ -5,8 +5,10 @@ rows of wq and wk are permuted on load and permuted back on save.
 
 bit-llama2 stores BitNet b1.58 models (Ma et al. 2024, arXiv:2402.17764) under the v1 header: the final norm, the tied
 float embedding, then per matrix one float32 scale and the codes, four a byte, most significant bits first
-(00 = 0, 01 = +1, 11 = -1). There are no norms per layer; each linear normalises its input without parameters and
-quantizes it to 8 bits per token.
+(00 = 0, 01 = +1, 11 = -1). There are no norms per layer; each linear normalises its input without parameters,
+quantizes it to 8 bits per token, and the stored scale is `in` times that of a weight behind an RMS norm (with it, and
+with no other power of `in`, the models reach the loss that they were trained to; for widths that are powers of two, as
+theirs, dividing it is exact).
 """
 
 import dataclasses
@@ -183,7 +185,8 @@ def _header(path: Path) -> _Header:
     for kind, n in expected.items():
         if n == size:
             if kind == "bit":
-                config = dataclasses.replace(config, input_norm=False, linear_norm=True)
+                # Activations get as small as 1e-5, which a usual epsilon would swallow.
+                config = dataclasses.replace(config, input_norm=False, linear_norm=True, norm_eps=1e-20)
             return _Header(config, kind, start, group)
     wanted = " or ".join(f"{n} as {k}" for k, n in expected.items())
     raise InputError(f"{path} is truncated or damaged: {size} bytes (its header needs {wanted})")
@@ -298,7 +301,7 @@ def _read_bit(cur: _Cursor, h: _Header) -> dict[str, Any]:
     for m in MATRICES:
         out, inner = c.linear_shapes()[m]
         for i in range(c.num_layers):
-            scale = cur.take("<f4", 1, 1)
+            scale = cur.take("<f4", 1, 1) / np.float32(inner)
             packed = cur.take("u1", out * inner // 4)
             fields = np.stack([packed >> 6, packed >> 4, packed >> 2, packed], axis=-1) & 3
             codes = values[fields].reshape(out, inner)
