@@ -164,7 +164,7 @@ def _split_docstrings(source: str, tree: ast.Module) -> tuple[str, list[str]]:
     """The source without its long module and class docstrings, and those docstrings."""
     lines = source.splitlines(keepends=True)
     prose, cut = [], []
-    for node in ast.walk(tree):
+    for node in _statements(tree):
         if not isinstance(node, (ast.Module, ast.ClassDef)):
             continue
         text = ast.get_docstring(node)
@@ -186,3 +186,11 @@ def pieces(text: str, size: int) -> list[str]:
             piece = ""
         piece += ("\n\n" if piece else "") + paragraph
     return [*out, piece] if piece.strip() else out
+
+
+def _statements(node: ast.AST) -> Iterator[ast.AST]:
+    """`ast.walk` without the expressions."""
+    yield node
+    for field in ("body", "orelse", "finalbody", "handlers", "cases"):
+        for child in getattr(node, field, ()):
+            yield from _statements(child)

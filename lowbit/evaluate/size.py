@@ -1,11 +1,12 @@
 """How large a model is: true bits per weight and stored bytes, counted on the packed arrays."""
 
-from collections.abc import Iterator, Mapping
+import dataclasses
+import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 from lowbit import tree as trees
 from lowbit.errors import InputError
@@ -14,21 +15,31 @@ from lowbit.formats.fake_quant import QuantizedInput
 from lowbit.models.config import ModelConfig
 
 
-def _stored(leaf: Any) -> Any:
-    """The leaf as it would be written: a latent weight counts as the codes that it stands for."""
+@dataclasses.dataclass(frozen=True)
+class _Stored:
+    """A parameter as it would be written."""
+
+    format: str
+    packed: bool
+    weights: int
+    shape: tuple[int, ...]
+    arrays: tuple[Any, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(stored_bytes(a) for a in self.arrays)
+
+
+def _stored(leaf: Any) -> _Stored:
+    """A latent weight counts as the codes that it stands for."""
     if isinstance(leaf, QuantizedInput):
         return _stored(leaf.w)
     if isinstance(leaf, Latent):
-        return jax.eval_shape(lambda latent: latent.encode(), leaf)
-    return leaf
-
-
-def _arrays(leaf: Any) -> Iterator[Any]:
-    yield from leaf.arrays.values() if isinstance(leaf, QTensor) else (leaf,)
-
-
-def _weights(leaf: Any) -> int:
-    return int(np.prod(leaf.shape))
+        arrays = jax.eval_shape(lambda latent: latent.encode().arrays, leaf)
+        return _Stored(leaf.format.name, True, leaf.w.size, tuple(leaf.w.shape), tuple(arrays.values()))
+    if isinstance(leaf, QTensor):
+        return _Stored(leaf.format.name, True, math.prod(leaf.shape), leaf.shape, tuple(leaf.arrays.values()))
+    return _Stored(str(leaf.dtype), False, math.prod(leaf.shape), tuple(leaf.shape), (leaf,))
 
 
 def sizes(params: Mapping[str, Any], config: ModelConfig | None = None) -> dict[str, Any]:
@@ -39,24 +50,21 @@ def sizes(params: Mapping[str, Any], config: ModelConfig | None = None) -> dict[
     `bits_per_weight_quantized`: the same over packed tensors only, None if there is none. With `config`, raises
     `InputError` when the tree does not have the parameters that it describes.
     """
-    seen: set[int] = set()
-    total = {True: [0, 0], False: [0, 0]}  # quantized or not: weights, bytes
-    alive = []  # keeps ids unique while they are compared
+    seen: dict[int, Any] = {}  # holds the arrays, so that an id stays theirs
+    total = {True: [0, 0], False: [0, 0]}  # packed or not: weights, bytes
     for _, leaf in trees.items(params):
-        leaf = _stored(leaf)
-        packed = isinstance(leaf, QTensor)
-        fresh = [a for a in _arrays(leaf) if id(a) not in seen]
-        alive += fresh
-        seen |= {id(a) for a in fresh}
-        if not packed and not fresh:
+        stored = _stored(leaf)
+        fresh = [a for a in stored.arrays if id(a) not in seen]
+        seen |= {id(a): a for a in fresh}
+        if not fresh:
             continue  # the same matrix under a second name
-        total[packed][0] += _weights(leaf)
-        total[packed][1] += sum(stored_bytes(a) for a in fresh)
+        total[stored.packed][0] += stored.weights
+        total[stored.packed][1] += sum(stored_bytes(a) for a in fresh)
     weights, nbytes = (total[True][k] + total[False][k] for k in (0, 1))
     if not weights:
         raise InputError("model has 0 parameters (allowed: at least 1)")
     if config is not None:
-        expected = sum(int(np.prod(s)) for s in config.shapes().values())
+        expected = sum(math.prod(s) for s in config.shapes().values())
         if weights != expected:
             raise InputError(f"model has {weights} parameters (allowed: {expected}, as its configuration says)")
     return {
@@ -71,18 +79,9 @@ def layer_table(params: Mapping[str, Any]) -> list[dict[str, Any]]:
     """One row per parameter: `path`, `format` (a format's name or the dtype), `shape`, `bits` per weight, `bytes`."""
     rows = []
     for path, leaf in trees.items(params):
-        leaf = _stored(leaf)
-        packed = isinstance(leaf, QTensor)
-        nbytes = sum(stored_bytes(a) for a in _arrays(leaf))
-        rows.append(
-            {
-                "path": path,
-                "format": leaf.format.name if packed else str(leaf.dtype),
-                "shape": tuple(leaf.shape),
-                "bits": 8 * nbytes / _weights(leaf),
-                "bytes": nbytes,
-            }
-        )
+        s = _stored(leaf)
+        bits = 8 * s.nbytes / s.weights
+        rows.append({"path": path, "format": s.format, "shape": s.shape, "bits": bits, "bytes": s.nbytes})
     return rows
 
 

@@ -1,7 +1,6 @@
 """Corpora: reading, bad input, and the text of a Python installation."""
 
 import json
-import sys
 
 import pytest
 
@@ -62,11 +61,22 @@ def test_hub_name_is_loaded_and_failure_is_one_line(tmp_path, monkeypatch):
     assert "\n" not in str(e.value)
 
 
-def test_python_corpus_is_large_and_the_same_every_time():
-    docs = list(corpus.python_documents())
+@pytest.fixture(scope="module")
+def python_docs():
+    return list(corpus.python_documents())
+
+
+@pytest.mark.slow
+def test_python_corpus_is_the_same_every_time(python_docs):
+    assert python_docs == list(corpus.python_documents())
+    assert corpus.python_corpus(["prose"]) == [text for _, kind, text in python_docs if kind == "prose"]
+
+
+def test_python_corpus_is_large_text(python_docs):
+    docs = python_docs
+    assert all(text and text.strip() == text for _, _, text in docs)
     names = [name for name, _, _ in docs]
     assert len(set(names)) == len(names)
-    assert docs == list(corpus.python_documents())
     size = {kind: sum(len(t) for _, k, t in docs if k == kind) for kind in ("prose", "code")}
     assert size["code"] > 5e6 and size["prose"] > 3e5
     code = {name: text for name, kind, text in docs if kind == "code"}
@@ -82,8 +92,3 @@ def test_a_docstring_is_in_one_kind_only():
     code, prose = corpus._split_docstrings(source, ast.parse(source))
     assert "long enough" not in code and "short" in code and "x = 1" in code
     assert prose == [long.strip(), long + "B"]
-
-
-def test_every_document_is_text():
-    assert all(text.strip() == text and text for text in corpus.python_corpus(["prose"]))
-    assert sys.version_info >= (3, 11)

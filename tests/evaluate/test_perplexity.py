@@ -3,7 +3,6 @@
 import dataclasses
 import math
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -49,7 +48,6 @@ def plain(model, reference, w):
 @pytest.mark.parametrize("convention", ["gptq-32", "llamacpp-32"])
 def test_equals_a_plain_computation(models, convention, monkeypatch):
     monkeypatch.setattr(perplexity, "_LOGIT_FLOATS", 258 * 10)  # ten positions at a time
-    jax.clear_caches()
     model, reference = models
     out = evaluate(model, tiny.TEXT, reference, convention, batch=3)
     w = windows_of(model, tiny.TEXT, convention)
