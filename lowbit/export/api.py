@@ -117,7 +117,7 @@ def _compare_gguf(model: Model, out: str | Path, types: dict[str, str], drop_act
 def _compare_hf(model: Model, again: Model, dtype: str | None, out: str | Path) -> tuple[int, dict[str, int]]:
     total, rounded = 0, {}
     for path, leaf in trees.items(model.params):
-        a, b = _float32(leaf), _float32(trees.get(again.params, path))
+        a, b = _float32(path, leaf), _float32(path, trees.get(again.params, path))
         if dtype is not None:
             name = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}[dtype]
             cast = a.astype(FLOAT_DTYPES[name]).astype(np.float32)
@@ -135,12 +135,11 @@ def _same(path: str, found: np.ndarray, wanted: np.ndarray, out: str | Path) -> 
         raise ExportMismatch(f"{out}: {n} weights of {path} differ from the model in memory (allowed: none)")
 
 
-def _float32(leaf: Any) -> np.ndarray:
-    from lowbit.kernels.qdot.api import dense
-
+def _float32(path: str, leaf: Any) -> np.ndarray:
+    leaf = unwrap(path, leaf, True)
     if isinstance(leaf, QTensor):
-        leaf = dataclasses.replace(leaf, dtype="float32")
-    return np.asarray(dense(leaf)).astype(np.float32)
+        leaf = dataclasses.replace(leaf, dtype="float32").decode()
+    return np.asarray(leaf).astype(np.float32)
 
 
 def _divergence(model: Model, again: Model, drop_activations: bool) -> tuple[float, float]:

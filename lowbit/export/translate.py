@@ -39,7 +39,9 @@ def grid(q: QTensor) -> Grid | None:
     zero = np.asarray(affine.zero)
     if not np.array_equal(zero, np.rint(zero)):
         raise Misfit(f"zero points of format {q.format.name} that are not integers (GGUF types hold integer levels)")
-    levels = affine.codes.astype(np.int32) - repeat(zero.astype(np.int32), "o g -> o (g b)", b=affine.group)
+    levels = affine.codes
+    if zero.any():
+        levels = levels - repeat(zero.astype(np.int32), "o g -> o (g b)", b=affine.group)
     m = np.asarray(affine.offset, np.float32)
     return Grid(levels, np.asarray(affine.scale, np.float32), m if m.any() else None, affine.group)
 

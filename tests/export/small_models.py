@@ -29,16 +29,16 @@ BASE = dict(
     bos_token_id=256,
     eos_token_ids=(257,),
 )
-GEMMA = dict(activation="gelu_tanh", tied=True, sandwich_norm=True, norm_plus_one=True, embed_scale=16.0, head_dim=32)
+GEMMA = dict(activation="gelu_tanh", tied=True, sandwich_norm=True, norm_plus_one=True, embed_scale=16.0, head_dim=128)
 GEMMA3 = GEMMA | dict(qk_norm=True, num_layers=7, sliding_window=8, rope_theta=1e6, rope_local_theta=1e4)
 CASES = {
     "llama": dict(family="llama"),
-    "llama-tied-bias": dict(family="llama", qkv_bias=True, o_bias=True, mlp_bias=True, tied=True, head_dim=32),
+    "llama-tied-bias": dict(family="llama", qkv_bias=True, o_bias=True, mlp_bias=True, tied=True, head_dim=128),
     "llama3-rope": dict(family="llama", rope_theta=5e5, rope_scaling=RopeScaling("llama3", 8.0, 1.0, 4.0, 64)),
     "llama-linear-rope": dict(family="llama", rope_scaling=RopeScaling("linear", 2.0)),
     "mistral": dict(family="mistral", sliding_window=64, sliding_layers=(True, True)),
     "qwen2": dict(family="qwen2", qkv_bias=True),
-    "qwen3": dict(family="qwen3", qk_norm=True, head_dim=32, tied=True),
+    "qwen3": dict(family="qwen3", qk_norm=True, head_dim=128, tied=True),
     "gemma2": GEMMA
     | dict(family="gemma2", attn_softcap=50.0, final_softcap=30.0, sliding_window=8, sliding_layers=(True, False)),
     "gemma3": GEMMA3 | dict(family="gemma3_text", sliding_layers=tuple((i + 1) % 6 != 0 for i in range(7))),
