@@ -10,7 +10,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from lowbit import __version__, xla
+from lowbit import __version__
 from lowbit.errors import InputError, unknown
 
 VERBS: dict[str, tuple[str, str, str]] = {  # verb: (module, options class, one line)
@@ -31,7 +31,6 @@ VERBS: dict[str, tuple[str, str, str]] = {  # verb: (module, options class, one 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit code (0 done, 2 bad input, 130 interrupted)."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    xla.configure()
     try:
         return _dispatch(argv)
     except InputError as e:
@@ -58,8 +57,10 @@ def _dispatch(argv: list[str]) -> int:
     verb, rest = argv[0], argv[1:]
     if verb not in VERBS:
         raise unknown("option" if verb.startswith("-") else "command", verb, VERBS)
+    from lowbit.commands import common
     from lowbit.experiment.config import parse
 
+    common.command_line[:] = argv
     module_name, cls, _ = VERBS[verb]
     module = importlib.import_module(f"lowbit.commands.{module_name}")
     options_class = getattr(module, cls)

@@ -222,6 +222,10 @@ CASES = [
     Case("resume without a run", f"{TRAIN} --resume", ("out", "run.json")),
     Case("resume with another config", f"{TRAIN} --resume", ("train.lr: 0.1 -> 0.0003",), a_run),
     Case("tracking that does not exist", f"{TRAIN} --tracking cloud", ("'cloud'", "offline")),
+    # generation
+    Case("prompt and tokens beyond the context", "generate m --prompt hello --tokens 64", ("64", "max_position")),
+    Case("no new tokens", "generate m --prompt hello --tokens 0", ("--tokens", "0", "at least 1")),
+    Case("negative temperature", "generate m --prompt hello --temperature -1", ("temperature", "-1")),
     # outputs
     Case("output exists", QUANTIZE, ("out", "exists", "--force"), write("out/kept.txt", "mine")),
     Case("run directory exists", TRAIN, ("out", "not empty", "--resume"), write("out/kept.txt", "mine")),

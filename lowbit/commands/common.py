@@ -10,6 +10,8 @@ import tyro
 
 from lowbit.errors import InputError
 
+command_line: list[str] = []  # the words after `lowbit`, for the records of a run
+
 Model = tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="MODEL")]]
 Flag = tyro.conf.FlagCreatePairsOff[bool]
 # Options that may be absent: their help says what then, so tyro's "{None}|STR" and "(default: None)" are left out.

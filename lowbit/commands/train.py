@@ -7,7 +7,19 @@ from typing import Annotated, Any
 
 import tyro
 
-from lowbit.commands.common import Flag, Model, Result, Word, WordPath, check_writable, lines, load, number, result
+from lowbit.commands.common import (
+    Flag,
+    Model,
+    Result,
+    Word,
+    WordPath,
+    check_writable,
+    command_line,
+    lines,
+    load,
+    number,
+    result,
+)
 from lowbit.commands.inspect import make_plan, read_config
 from lowbit.errors import InputError
 from lowbit.train.config import OPERATIONAL, TrainConfig
@@ -83,6 +95,7 @@ class Train:
             saved,
             resume=self.resume,
             experiment="lowbit train",
+            argv=command_line,
             tracking=self.tracking,
             may_differ=may_differ,
         ) as run:

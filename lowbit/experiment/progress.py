@@ -2,16 +2,16 @@
 
 import sys
 import time
-from typing import Any, TextIO
+from typing import Any
 
 
 class Progress:
     """`update(step, loss=...)` as work goes on; use as a context manager. Standard output stays free for results."""
 
     def __init__(
-        self, label: str, total: int, every: int | None = None, stream: TextIO | None = None, pause: float = 0.0
+        self, label: str, total: int, every: int | None = None, stream: Any = None, pause: float = 0.0
     ):
-        """`every` is steps between plain lines (default: a twentieth), `pause` the least seconds between them."""
+        """`every` is steps between plain lines (default: a twentieth of `total`), `pause` the least seconds between them."""
         self.label, self.total, self.pause = label, max(total, 1), pause
         self.every = every or max(1, self.total // 20)
         self.stream = stream or sys.stderr

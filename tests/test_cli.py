@@ -1,0 +1,310 @@
+"""The commands as scripts call them: JSON on standard output, progress on stderr, exit codes, resume."""
+
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+
+from lowbit import xla
+from lowbit.cli import VERBS, main
+from lowbit.data.tokenizer import ByteTokenizer
+from lowbit.experiment.progress import Progress
+from lowbit.experiment.run import read_metrics
+from lowbit.models.config import ModelConfig
+from lowbit.models.decoder import init_params
+from lowbit.models.hf import save_hf
+from lowbit.models.model import Model
+
+CONFIG = ModelConfig("llama", 258, 32, 64, 1, 2, 1, 16, 64, tied=True)
+EVAL_KEYS = {
+    "nats_per_token", "perplexity", "convention", "bits_per_byte", "tokens", "kl_mean", "kl_median", "kl_p90", "kl_p99",
+    "kl_p99_9", "same_top1", "file_bytes", "bits_per_weight", "bits_per_weight_quantized",
+}  # fmt: skip
+TRAIN = "train m --text text.txt --format int4:g8 --batch-size 2 --seq 16 --log-every 1 --lr 1e-3".split()
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("home")
+    save_hf(Model(CONFIG, init_params(CONFIG, jax.random.key(0)), ByteTokenizer()), root / "m", dtype="bfloat16")
+    (root / "text.txt").write_text("The quick brown fox jumps over the lazy dog. " * 40)
+    return root
+
+
+@pytest.fixture
+def here(home, monkeypatch) -> Path:
+    monkeypatch.chdir(home)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    return home
+
+
+def run(capsys, *argv: str) -> dict:
+    """The JSON object of a command that succeeds; nothing else may be on standard output."""
+    capsys.readouterr()
+    code = main([*argv, "--json"])
+    out, err = capsys.readouterr()
+    assert code == 0, err
+    assert out.count("\n") == 1
+    return json.loads(out)
+
+
+# -- help and dispatch ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("argv", [[], *([verb] for verb in VERBS)], ids=lambda a: a[0] if a else "lowbit")
+def test_help_imports_nothing_heavy(argv):
+    heavy = ("jax", "jaxlib", "flax", "numpy", "transformers", "torch", "wandb", "matplotlib", "datasets", "orbax")
+    code = (
+        "import sys\n"
+        "from lowbit.cli import main\n"
+        f"code = main({[*argv, '--help']!r})\n"
+        f"loaded = [m for m in {heavy!r} if m in sys.modules]\n"
+        "sys.exit(f'imported {loaded}' if loaded else code)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert f"lowbit {argv[0]}" in done.stdout if argv else all(verb in done.stdout for verb in VERBS)
+    assert argv == [] or "--json" in done.stdout
+
+
+def test_module_and_version():
+    done = subprocess.run([sys.executable, "-m", "lowbit", "--version"], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and done.stdout.startswith("lowbit 0.")
+
+
+def test_interrupt_says_how_to_go_on(here, monkeypatch, capsys):
+    def interrupted(*args, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lowbit.commands.train.prepare", interrupted)
+    assert main([*TRAIN, "--steps", "2", "--out", "never"]) == 130
+    assert capsys.readouterr().err == "lowbit: interrupted (the same command with --resume continues)\n"
+    monkeypatch.setattr("lowbit.evaluate.perplexity.evaluate", interrupted)
+    assert main("eval m --text text.txt".split()) == 130
+    assert "--resume" not in capsys.readouterr().err
+
+
+# -- verbs ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def packed(home) -> str:
+    assert main(["quantize", str(home / "m"), "--format", "int4:g8", "--out", str(home / "packed")]) == 0
+    return "packed"
+
+
+def test_quantize(here, capsys):
+    (here / "r.toml").write_text('[[rule]]\nmatch = ".*down_proj"\nformat = "int8:channel"\n')
+    out = run(capsys, *"quantize m --rules r.toml --format int2:g8 --solver rtn --transform none --out q".split())
+    assert out["file_bytes"] == sum(p.stat().st_size for p in (here / "q").glob("*.safetensors"))
+    assert 2 < out["bits_per_weight_quantized"] < 8 and out["bits_per_weight"] < 16
+    tensors = {t["path"]: t["format"] for t in run(capsys, "inspect", "q")["tensors"]}
+    assert tensors["model.layers.0.mlp.down_proj"] == "int8:channel"
+    assert tensors["model.layers.0.mlp.up_proj"] == "int2:g8"
+    assert tensors["model.embed_tokens"] == "bfloat16"
+
+
+def test_calibration_text_is_not_silently_ignored(here, capsys):
+    argv = "quantize m --format int4:g8 --calib text.txt --out calibrated".split()
+    assert main(argv) == 0
+    assert "--calib text.txt is not used" in capsys.readouterr().err
+
+
+def test_eval_against_the_model_itself(here, capsys):
+    argv = "eval m --text text.txt --against m --convention gptq-32 --self-noise".split()
+    out = run(capsys, *argv)
+    assert out.keys() >= EVAL_KEYS
+    assert out["kl_mean"] == 0 and out["same_top1"] == 1 and out["convention"] == "gptq-32"
+    assert out["bits_per_weight"] == 16 and out["bits_per_weight_quantized"] is None
+    assert 0 < out["self_noise"]["kl_mean"] < 1e-2
+
+
+def test_eval_of_a_packed_model(here, packed, capsys):
+    out = run(capsys, *f"eval {packed} --text text.txt --against m --convention gptq-32".split())
+    assert 0 < out["kl_mean"] < 1 and out["bits_per_weight_quantized"] == 6.0  # 4 bits and an fp16 scale for 8 weights
+    assert main(f"eval {packed} --text text.txt --convention gptq-32".split()) == 0
+    assert "perplexity" in capsys.readouterr().out
+
+
+def test_compare_and_report(here, packed, capsys):
+    argv = f"compare m {packed} --text text.txt --convention gptq-32 --out comparison".split()
+    out = run(capsys, *argv)
+    assert [row["name"] for row in out["rows"]] == ["m", packed] and out["rows"][1]["kl_mean"] > 0
+    assert (here / "comparison/report.png").stat().st_size > 5000
+    again = run(capsys, "report", "comparison", "--out", "report2")
+    assert again["rows"] == 2 and (here / "report2/report.html").exists()
+
+
+def test_export_several_targets(here, packed, capsys):
+    out = run(capsys, *f"export {packed} --to gguf:F32 --to hf --to packed --out exports".split())
+    assert [e["to"] for e in out["exports"]] == ["gguf:F32", "hf", "packed"]
+    assert {p.name for p in (here / "exports").iterdir()} == {"packed-F32.gguf", "hf", "packed"}
+    assert all(e["kl_mean"] <= 1e-4 for e in out["exports"])
+    kl = run(capsys, *f"eval exports/packed-F32.gguf --text text.txt --against {packed} --convention gptq-32".split())
+    assert kl["kl_mean"] < 1e-6
+    one = run(capsys, *f"export {packed} --to packed --out exports/one".split())
+    assert one["path"] == "exports/one" and one["kl_mean"] == 0
+
+
+def test_generate(here, packed, capsys):
+    out = run(capsys, "generate", packed, "--prompt", "The quick", "--tokens", "5")
+    assert len(out["token_ids"]) <= 5 and out["text"] == "The quick" + out["completion"]
+    assert out["token_ids"] == run(capsys, "generate", packed, "--prompt", "The quick", "--tokens", "5")["token_ids"]
+    options = "--tokens 5 --temperature 2 --top-k 9 --seed".split()
+    sampled = [run(capsys, "generate", packed, *options, seed)["token_ids"] for seed in ("1", "1", "2")]
+    assert sampled[0] == sampled[1] != sampled[2]
+
+
+def test_inspect_estimate_formats(here, packed, capsys):
+    stats = run(capsys, "inspect", packed, "--stats")
+    assert stats["config"]["hidden_size"] == 32 and all(t["std"] > 0 or "norm" in t["path"] for t in stats["tensors"])
+    estimate = run(capsys, "estimate", "m", "--format", "int4:g8")
+    assert estimate["bytes"] == stats["stored_bytes"]
+    assert estimate["bits_per_weight"] == pytest.approx(stats["bits_per_weight"])
+    listed = {f["name"]: f for f in run(capsys, "formats")["formats"]}
+    assert listed["int4:g64"]["bits_per_weight"] == 4.25 and listed["q4_0"]["trainable"] is True
+
+
+def test_estimate_reads_no_weights(here, capsys):
+    (here / "only").mkdir()
+    (here / "only/config.json").write_text((here / "m/config.json").read_text())
+    assert run(capsys, "estimate", "only", "--format", "int4:g8")["params"] == CONFIG.num_params
+
+
+def test_dry_run_of_training_writes_nothing(here, capsys):
+    out = run(capsys, *TRAIN, "--steps", "3", "--out", "dry", "--dry-run")
+    assert out["per_device"]["optimizer"] >= 8 * CONFIG.num_params and out["per_device"]["temporaries"] > 0
+    assert {t["format"] for t in out["tensors"]} == {"bf16", "int4:g8"}
+    assert not (here / "dry").exists()
+
+
+def test_train_resume_and_use(here, capsys):
+    """Stopped after 2 of 4 steps and resumed, a run ends with the lines and the weights of one that was not stopped."""
+    whole = run(capsys, *TRAIN, "--steps", "4", "--schedule", "constant", "--out", "whole")
+    assert whole["status"] == "finished" and whole["bits_per_weight_quantized"] == 6.0
+    run(capsys, *TRAIN, "--steps", "2", "--schedule", "constant", "--out", "parts")
+    parts = run(capsys, *TRAIN, "--steps", "4", "--schedule", "constant", "--out", "parts", "--resume")
+    losses = [[(m["step"], m["loss"]) for m in read_metrics(f"{d}/metrics.jsonl")] for d in ("whole", "parts")]
+    assert losses[0] == losses[1] and [s for s, _ in losses[0]] == [1, 2, 3, 4]
+    assert parts["loss"] == whole["loss"]
+    weights = [(here / d / "model/model.safetensors").read_bytes() for d in ("whole", "parts")]
+    assert weights[0] == weights[1]
+    out = run(capsys, *"eval whole --text text.txt --against m --convention gptq-32".split())  # a run is a MODEL
+    assert 0 < out["kl_mean"] < 1 and out["file_bytes"] == whole["file_bytes"]
+    info = json.loads((here / "parts/run.json").read_text())
+    assert len(info["starts"]) == 2 and "--resume" in info["starts"][1]["command"]
+
+
+@pytest.mark.slow
+def test_train_without_quantization(here, capsys):
+    argv = [*TRAIN, "--steps", "1", "--loss", "ce", "--out", "fp"]
+    argv[argv.index("int4:g8")] = "bf16"
+    assert run(capsys, *argv)["bits_per_weight_quantized"] is None
+
+
+EXPERIMENT = '''"""Small.
+
+Purpose: shows how a run is made.
+Command: lowbit run x.py
+Device: CPU
+Expected time: 1 s
+Expected numbers: loss 0.5
+"""
+import dataclasses
+
+@dataclasses.dataclass(frozen=True)
+class Opt:
+    lr: float = 1e-4
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    steps: int = 2
+    opt: Opt = Opt()
+
+def run(config, run):
+    print("chatter")
+    for step in range(config.steps):
+        run.log(step, loss=config.opt.lr)
+    run.summary(loss=config.opt.lr)
+
+def dry_run(config):
+    return {"tokens": 10 * config.steps, "tensors": [{"path": "a", "shape": [2], "format": "bf16", "bytes": 4}]}
+'''
+
+
+def test_run_an_experiment(here, capsys):
+    (here / "x.py").write_text(EXPERIMENT)
+    out = run(capsys, *"run x.py --opt.lr=0.5 --steps 3 --out runs/a".split())
+    assert out["loss"] == 0.5 and out["run"] == "runs/a"
+    assert len(read_metrics("runs/a/metrics.jsonl")) == 3
+    assert json.loads((here / "runs/a/config.json").read_text()) == {"steps": 3, "opt": {"lr": 0.5}}
+    assert main("run --resume x.py --opt.lr 0.5 --steps 3 --out=runs/a".split()) == 0
+    capsys.readouterr()
+    assert main("run x.py --opt.lr 0.25 --steps 3 --out runs/a --resume".split()) == 2
+    assert "opt.lr: 0.5 -> 0.25" in capsys.readouterr().err
+    default = run(capsys, "run", "x.py")
+    assert default["run"].startswith("runs/x-")
+
+
+def test_dry_run_and_help_of_an_experiment(here, capsys):
+    (here / "x.py").write_text(EXPERIMENT)
+    out = run(capsys, *"run x.py --dry-run --steps 7 --out runs/dry".split())
+    assert out["plan"]["tokens"] == 70 and out["config"]["steps"] == 7 and not (here / "runs/dry").exists()
+    assert main("run x.py --dry-run".split()) == 0
+    text = capsys.readouterr().out
+    assert "Expected numbers: loss 0.5" in text and "tokens  20" in text and "chatter" not in text
+    assert main("run x.py --help".split()) == 0
+    text = capsys.readouterr().out
+    assert "--opt.lr" in text and "--resume" in text and "shows how a run is made" in text
+
+
+# -- progress, flags --------------------------------------------------------------------------------------------------
+
+
+def test_progress_lines(capsys):
+    with Progress("train", 10, every=4) as progress:
+        for step in range(1, 11):
+            progress.update(step, loss=0.12345)
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split("  ")[:2] for line in lines] == [
+        ["train 4/10", "loss 0.1235"], ["train 8/10", "loss 0.1235"], ["train 10/10", "loss 0.1235"],
+    ]  # fmt: skip
+
+
+def test_progress_bar_on_a_terminal(capsys):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    with Progress("train", 10, stream=(stream := Terminal())) as progress:
+        progress.resume(4)
+        progress.update(10, loss=0.5)
+    assert "10/10" in stream.getvalue() and "loss 0.5" in stream.getvalue()
+    assert capsys.readouterr() == ("", "")
+
+
+def test_xla_flags():
+    assert xla.flags("", "0.10.2") == f"{xla.FLAG}=-reduce"
+    assert xla.flags("--a=1", "0.11.2") == f"--a=1 {xla.FLAG}=-reduce"
+    assert xla.flags(f"{xla.FLAG}=reduce", "0.10.2") == f"{xla.FLAG}=reduce"
+    assert xla.flags("--a=1", "0.12.0") == "--a=1"
+
+
+def test_int8_reductions_are_right():
+    """The miscompile that the flag avoids; in a process of its own, where lowbit is imported first."""
+    code = (
+        "import lowbit, jax, jax.numpy as jnp, numpy as np\n"
+        "r = np.random.default_rng(0)\n"
+        "a, b = (r.integers(0, 16, (64, 2, 64)).astype(np.uint8) for _ in range(2))\n"
+        "x = r.standard_normal((2, 64)).astype(np.float32)\n"
+        "f = lambda q: (q.astype(jnp.int8) - 8).astype(jnp.float32)\n"
+        "y = jax.jit(lambda x, a, b: (x * f(a) + x * f(b)).sum((-1, -2)))(x, a, b)\n"
+        "want = (x * (a.astype(np.float64) - 8) + x * (b.astype(np.float64) - 8)).sum((-1, -2))\n"
+        "assert abs(np.asarray(y) - want).max() < 1e-2, abs(np.asarray(y) - want).max()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
