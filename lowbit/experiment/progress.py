@@ -11,7 +11,7 @@ class Progress:
     def __init__(
         self, label: str, total: int, every: int | None = None, stream: Any = None, pause: float = 0.0
     ):
-        """`every` is steps between plain lines (default: a twentieth of `total`), `pause` the least seconds between them."""
+        """`every`: steps between plain lines (default: a twentieth of `total`); `pause`: least seconds between them."""
         self.label, self.total, self.pause = label, max(total, 1), pause
         self.every = every or max(1, self.total // 20)
         self.stream = stream or sys.stderr
