@@ -24,7 +24,7 @@ class TrainConfig:
     steps: int = 1000
     batch_size: int = 8
     microbatches: int = 1  # sequential parts of a step, to save memory
-    seed: int = 0
+    seed: int = 0  # of whatever the caller draws, such as the order of the rows; the loop itself draws nothing
 
     loss: Literal["ce", "kl", "mixed"] = "ce"
     kl_weight: float = 0.5  # of the KL term when loss is "mixed"

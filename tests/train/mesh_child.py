@@ -15,7 +15,7 @@ from models import CONFIG, params, rows  # noqa: E402
 from lowbit import qat  # noqa: E402
 from lowbit import tree as trees  # noqa: E402
 from lowbit.plan import Plan  # noqa: E402
-from lowbit.train import checkpoint, objective  # noqa: E402
+from lowbit.train import objective  # noqa: E402
 from lowbit.train.config import TrainConfig  # noqa: E402
 from lowbit.train.loop import train  # noqa: E402
 from lowbit.train.memory import estimate  # noqa: E402
@@ -36,27 +36,23 @@ out["loss"], out["whole"] = plain.history[0]["loss"], plain.whole
 spec = plain.params["model"]["layers"]["0"]["self_attn"]["q_proj"].sharding.spec
 out["q_proj"] = [spec[i] if i < len(spec) else None for i in range(2)]
 
-# Twenty steps with fake quantization and a teacher; half of them, then resumed on this mesh.
+# Twenty steps with fake quantization and a teacher.
 config = dataclasses.replace(
     config, steps=20, microbatches=1, optimizer="adamw", lr=1e-3, b1=0.9, clip=1.0, loss="kl", log_every=1
 )
 latent = qat.get("ste-learned").prepare(params(), Plan.uniform("int3:g16").resolve(CONFIG.shapes()))
 loss = objective.language(CONFIG, config, CONFIG)
-args = dict(teacher=params(1), directory=f"{directory}/run{N}")
-curve = train(latent, rows(8), loss, dataclasses.replace(config, steps=10), **args).history
-curve += train(latent, rows(8), loss, config, resume=True, **args).history
-out["curve"] = [r["loss"] for r in curve]
-out["steps"] = [r["step"] for r in curve]
-if N == 1:  # the checkpoint of eight devices, on one
-    loaded, meta = checkpoint.load(f"{directory}/run8")
-    out["loaded"] = [meta.step, len(jax.tree.leaves(loaded)), int(loaded["lm_head"].shape[0])]
-else:
-    memory = estimate(
-        lambda: params(),
-        {"tokens": ((8, 17), np.int32)},
-        objective.language(CONFIG, config, CONFIG),
-        config,
-        lambda: params(),
+quantized = train(latent, rows(8), loss, config, teacher=params(1), directory=f"{directory}/run{N}")
+out["curve"] = [r["loss"] for r in quantized.history]
+if N == 1:  # eight devices' checkpoint goes on here, on one
+    longer = dataclasses.replace(config, steps=21)
+    moved = train(latent, rows(8), loss, longer, teacher=params(1), directory=f"{directory}/run8", resume=True)
+    out["moved"] = [r["step"] for r in moved.history]
+    drift = jax.tree.map(
+        lambda a, b: float(np.abs(np.asarray(a) - np.asarray(b)).max()), moved.params, quantized.params
     )
-    out["memory"] = dataclasses.asdict(memory)
+    out["drift"] = max(jax.tree.leaves(drift))
+else:
+    batch = {"tokens": ((8, 17), np.int32)}
+    out["memory"] = dataclasses.asdict(estimate(params, batch, loss, config, params))
 print(json.dumps(out))

@@ -94,6 +94,8 @@ def test_resume_of_a_finished_run_does_nothing_and_constant_can_be_extended(tmp_
     config = dataclasses.replace(BASE, schedule="constant", optimizer="adam")
     start = {"a": {"w": jnp.zeros(4)}}
     first = train(start, ones, toy, config, directory=tmp_path)
+    with pytest.raises(InputError, match="has checkpoints up to step 3 .allowed: --resume"):
+        train(start, ones, toy, config, directory=tmp_path)
     again = train(start, ones, toy, config, directory=tmp_path, resume=True)
     np.testing.assert_array_equal(first.params["a"]["w"], again.params["a"]["w"])
     assert again.history == []

@@ -41,19 +41,13 @@ def test_killed_and_resumed_run_has_the_same_loss_curve_bit_for_bit(whole, tmp_p
     done = curve(tmp_path)
     assert 2 <= len(done) < 6 and done == curve(whole)[: len(done)]
 
-    code, _, err = run(tmp_path, "6", "save_every=2")
-    assert code == 2 and "has checkpoints up to step" in err and err.count("\n") == 1
-
-    code, _, err = run(tmp_path, "6", "save_every=2", "lr=0.01", "resume=1")
-    assert code == 2 and "lr was 0.001 and is 0.01" in err and err.count("\n") == 1
-
     code, _, err = run(tmp_path, "6", "save_every=2", "resume=1")
     assert code == 0, err
     again = curve(tmp_path)[len(done) :]
     assert again == curve(whole)[-len(again) :] and len(again) < 6  # it did resume
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_signals_save_and_exit_cleanly(tmp_path, number):
     p = start(tmp_path, "100000", "slow=0.05")
     for _ in range(1200):

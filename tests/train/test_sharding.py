@@ -78,14 +78,14 @@ def test_first_step_agrees(runs):
 
 
 def test_twenty_quantized_steps_agree(runs):
-    assert runs[8]["steps"] == runs[1]["steps"] == list(range(1, 21))
+    assert len(runs[8]["curve"]) == 20
     np.testing.assert_allclose(runs[8]["curve"], runs[1]["curve"], rtol=1e-3)
     assert runs[1]["curve"][-1] < 0.9 * runs[1]["curve"][0]
 
 
-def test_checkpoint_moves_from_eight_devices_to_one(runs):
-    step, leaves, vocab = runs[1]["loaded"]
-    assert (step, vocab) == (20, 64) and leaves > 20
+def test_checkpoint_of_eight_devices_resumes_on_one(runs):
+    assert runs[1]["moved"] == [21]
+    assert 0 < runs[1]["drift"] < 0.01  # one step of 1e-3 beyond the run that never left its device
 
 
 def test_estimate_counts_bytes_per_device(runs):
