@@ -116,6 +116,8 @@ def write_sources(
         report.notes.append(
             f"context_length is the sliding window, {config.sliding_window}: llama.cpp has none for {config.family}"
         )
+    if getattr(getattr(tokenizer, "model", None), "collapse_spaces", False):
+        report.notes.append("tokenizer merges runs of spaces, which llama.cpp does not: such texts get other token ids")
     with files.atomic_path(path) as tmp:
         w = gguf.GGUFWriter(tmp, arch.ARCHITECTURES[config.family])
         w.add_type("model")

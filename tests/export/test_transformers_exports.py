@@ -1,0 +1,67 @@
+"""transformers loads our exports: dequantized folders, and GGUF files of the types it knows (needs torch)."""
+
+import numpy as np
+import pytest
+
+from lowbit.export.gguf import write_gguf
+from lowbit.export.hf import export_hf
+from tests.export.small_models import byte_model, packed
+
+pytestmark = [
+    pytest.mark.transformers,
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore::UserWarning"),
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+]
+TOLERANCE = 1e-4  # float32, largest absolute difference of logits
+
+
+def theirs(model, tokens: np.ndarray) -> np.ndarray:
+    torch = pytest.importorskip("torch")
+    with torch.no_grad():
+        return model.float().eval()(torch.from_numpy(tokens)).logits.numpy()
+
+
+def tokens() -> np.ndarray:
+    return np.random.default_rng(2).integers(0, 258, (2, 40))
+
+
+FORMATS = [("llama", "q4_0"), ("llama", "int2:g64"), ("qwen2", "ternary:tensor"), ("qwen3", "int4:g64:asym"),
+           ("gemma2", "tq2_0"), ("gemma3", "int3:g64")]  # fmt: skip
+
+
+@pytest.mark.parametrize("name, format", FORMATS)
+def test_dequantized_folder(name, format, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    m = packed(byte_model(name), format)
+    export_hf(m, tmp_path / "m")
+    back, info = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "m", attn_implementation="eager", output_loading_info=True
+    )
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    x = tokens()
+    diff = np.abs(theirs(back, x) - np.asarray(m.logits(x))).max()
+    print(f"{name} {format}: max abs diff {diff:.2e}")
+    assert diff <= TOLERANCE
+
+
+@pytest.mark.parametrize("type", ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "TQ1_0", "TQ2_0"])
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "gemma2", "gemma3"])
+def test_gguf(name, type, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    if name != "llama" and type not in ("F32", "Q4_0"):
+        pytest.skip("every type on llama, two types on the other families")
+    from lowbit.export.gguf_read import read_gguf
+
+    m = byte_model(name)
+    if type not in ("F32", "F16", "BF16"):
+        m = packed(m, type.lower())
+    write_gguf(m, tmp_path / "m.gguf", type)
+    back = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path, gguf_file="m.gguf", attn_implementation="eager", dtype="float32"
+    )
+    x = tokens()
+    diff = np.abs(theirs(back, x) - np.asarray(read_gguf(tmp_path / "m.gguf").logits(x))).max()
+    print(f"{name} {type}: max abs diff {diff:.2e}")
+    assert diff <= TOLERANCE
