@@ -10,7 +10,8 @@ becomes:
   decided about them;
 - `overrides`, `(regex, type)` pairs over paths, the first full match wins over all of that.
 
-`type="auto"` is the smallest type that holds each packed tensor exactly; floats keep their dtype.
+`type="auto"` is the type that a format is named for or usually fits, else the smallest that holds the tensor exactly;
+floats keep their dtype.
 """
 
 import collections
@@ -247,7 +248,8 @@ def _resolve(path: str, s: Source, t: GGMLType | None, static: bool) -> GGMLType
         exact = translate.exact_types(g)
         if not exact:
             raise translate.Misfit(f"no GGUF block type holds it exactly (allowed: F32; tried {_why(g)})")
-        return TYPES[exact[0]]
+        usual = static_type(s.format, s.shape).name
+        return TYPES[usual if usual in exact else exact[0]]
     try:
         translate.fit(g, t)
     except translate.Misfit as e:
@@ -268,7 +270,15 @@ def static_type(fmt: Format, shape: tuple[int, ...]) -> GGMLType:
     family = fmt.name.split(":")[0]
     if family.upper() in TYPES:
         return TYPES[family.upper()]
-    by_family = {"bf16": "BF16", "fp16": "F16", "f32": "F32", "int2": "Q2_0", "int3": "Q4_0", "int4": "Q4_0"}
+    by_family = {
+        "bf16": "BF16",
+        "fp16": "F16",
+        "f32": "F32",
+        "int1": "Q2_0",
+        "int2": "Q2_0",
+        "int3": "Q4_0",
+        "int4": "Q4_0",
+    }
     by_family |= {f"int{b}": "Q8_0" for b in range(5, 9)}
     if family == "ternary":
         return TYPES["TQ2_0" if shape[1] % 256 == 0 else "Q2_0"]
