@@ -48,7 +48,7 @@ class QTensor:
     `shape` is that of one weight matrix; a stack of them (layers under `scan`) has leading axes on `arrays` only.
     """
 
-    arrays: dict[str, Array]
+    arrays: dict[str, Any]  # of arrays; jax rebuilds the node with None or specs in their place
     format: Format
     shape: tuple[int, int]
     dtype: str = "float32"  # of the decoded weight
@@ -106,8 +106,8 @@ class Latent:
     straight-through quantization).
     """
 
-    w: Float[Array, "*layers O I"]
-    params: Params
+    w: Any  # float [*layers, O, I]; not annotated so, as jax rebuilds the node with None or specs in its place
+    params: dict[str, Any]
     format: Format
 
     def value(self) -> Float[Array, "O I"]:

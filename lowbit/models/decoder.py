@@ -9,7 +9,7 @@ structure (sliding or full attention) is data of the scan.
 import dataclasses
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,8 +24,8 @@ from lowbit.kernels.qdot.api import dense
 from lowbit.models.config import ModelConfig, RopeScaling
 from lowbit.tree import Tree
 
-RematPolicy = Literal["none", "full", "dots"]
-REMAT = ("none", "full", "dots")
+RematPolicy = str
+REMAT = ("none", "full", "dots")  # keep everything; recompute whole blocks; keep the results of matrix products
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["k", "v", "length"], meta_fields=[])
