@@ -12,6 +12,7 @@ import logging
 import os
 import re
 import shutil
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,7 @@ class Checkpoints:
     """The checkpoints of one run, in `directory`: the `keep` latest and the one with the lowest metric."""
 
     def __init__(self, directory: str | Path, keep: int = 2):
-        logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax narrates saves; errors are raised
+        _quiet()
         self.directory = Path(directory).absolute()
         best = policies.BestN(
             get_metric_fn=lambda m: m["metric"], reverse=True, n=1, keep_checkpoints_without_metrics=False
@@ -165,6 +166,22 @@ def load(directory: str | Path, step: int | None = None, best: bool = False) -> 
 def describe(params: Flat) -> dict[str, Any]:
     """`{name: [shape, dtype]}`, JSON-able."""
     return {n: [list(a.shape), str(a.dtype)] for n, a in params.items()}
+
+
+def _quiet() -> None:
+    """Orbax logs every save and every failed write with a traceback, and tensorstore calls back into event loops that a
+    failure has closed. Both also reach us as exceptions, which is where they are reported."""
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    before = sys.unraisablehook
+    if getattr(before, "_lowbit", False):
+        return
+
+    def hook(info: Any) -> None:
+        if not (isinstance(info.exc_value, RuntimeError) and str(info.exc_value) == "Event loop is closed"):
+            before(info)
+
+    hook._lowbit = True  # type: ignore[attr-defined]
+    sys.unraisablehook = hook
 
 
 def _named(tree: Any) -> dict[str, Any]:

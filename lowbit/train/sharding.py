@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from lowbit.errors import InputError
@@ -32,7 +32,7 @@ RULES: tuple[tuple[str, tuple[str, str]], ...] = (
 class Sharding:
     """Sharding of every named parameter; `whole` says which axes could not be split, and why."""
 
-    mesh: Mesh
+    mesh: Mesh | AbstractMesh
     specs: dict[str, PartitionSpec]
     whole: tuple[str, ...]
 
@@ -53,7 +53,7 @@ def make_mesh(shape: tuple[int, int, int]) -> Mesh:
     return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * 3)
 
 
-def shard(params: Mapping[str, Any], mesh: Mesh) -> Sharding:
+def shard(params: Mapping[str, Any], mesh: Mesh | AbstractMesh) -> Sharding:
     """Partition of named parameters (arrays or `ShapeDtypeStruct`s); see the module's docstring for the rules."""
     specs, whole = {}, []
     for name, a in params.items():
@@ -88,7 +88,7 @@ def like(tree: Any, sharding: Sharding) -> Any:
     return jax.tree_util.tree_map_with_path(one, tree)
 
 
-def check_batch(size: int, microbatches: int, mesh: Mesh) -> None:
+def check_batch(size: int, microbatches: int, mesh: Mesh | AbstractMesh) -> None:
     """Raises `InputError` unless each microbatch splits evenly over the devices that share it."""
     n = math.prod(mesh.shape[a] for a in BATCH)
     if (size // microbatches) % n:
