@@ -102,8 +102,8 @@ class ModelConfig:
                 out[p + name] = shape
                 if biased[name]:
                     out[p + name + ".bias"] = (shape[0],)
-            if self.qk_norm:
-                out[p + "self_attn.q_norm"] = out[p + "self_attn.k_norm"] = (hd,)
+                if name == "self_attn.o_proj" and self.qk_norm:
+                    out[p + "self_attn.q_norm"] = out[p + "self_attn.k_norm"] = (hd,)
             if self.input_norm:
                 out[p + "input_layernorm"] = out[p + "post_attention_layernorm"] = (d,)
             if self.sandwich_norm:

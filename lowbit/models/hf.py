@@ -186,7 +186,7 @@ def resolve(source: str | Path) -> Path:
     path = Path(source)
     if path.is_dir():
         return path
-    m = re.fullmatch(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", str(source))
+    m = re.fullmatch(r"(\w[\w.-]*/\w[\w.-]*)(?:@([\w./-]+))?", str(source))
     if m is None or path.exists():
         raise InputError(f"no model {str(source)!r} (allowed: a local folder, or a hub id such as owner/name)")
     import httpx

@@ -128,7 +128,7 @@ def saved(tmp_path):
 @pytest.mark.parametrize(
     "change, message",
     [
-        (lambda b: b[:-4], "is truncated or damaged: .* its header needs"),
+        (lambda b: b[:-4], "is truncated or damaged: .*its header needs"),
         (lambda b: b + b"\0", "is truncated or damaged"),
         (lambda b: b[:20], "no llama2.c file: 20 bytes"),
         (lambda b: b"GGUF" + b[4:], "its header reads"),
