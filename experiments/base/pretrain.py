@@ -10,14 +10,17 @@ Expected numbers: 3.0 nats per token on the held-out text
 """
 
 import dataclasses
-import json
+import io
+from typing import Any
 
 import jax
 import numpy as np
 
 from lowbit.data import contamination, corpus
 from lowbit.data.tokenizer import train_bpe
+from lowbit.experiment.progress import Progress
 from lowbit.experiment.run import Run
+from lowbit.files import write_bytes, write_text
 from lowbit.models.config import ModelConfig
 from lowbit.models.decoder import init_params
 from lowbit.models.hf import save_hf
@@ -25,6 +28,7 @@ from lowbit.models.model import Model
 from lowbit.train.config import TrainConfig
 from lowbit.train.loop import train
 from lowbit.train.objective import language
+from lowbit.tree import Tree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +78,7 @@ def run(config: Config, run: Run) -> None:
     prose = [d for path in config.texts for d in corpus.documents(path)]
     documents = split.train + [part for d in prose for part in corpus.pieces(d, 8000)]
     tokenizer = train_bpe(documents, MODEL.vocab_size, ("<|endoftext|>",))
-    contamination.Contamination.of(documents, config.keep_every).save(run.path("training_hashes.npz"))
+    fingerprint = contamination.Contamination.of(documents, config.keep_every)
 
     order = np.random.default_rng(0).permutation(len(documents))
     stream = np.fromiter((t for i in order for t in tokenizer.encode(documents[i], bos=True)), np.int32)
@@ -95,30 +99,92 @@ def run(config: Config, run: Run) -> None:
         return {"tokens": rows[perm[at * B : (at + 1) * B]]}
 
     objective = language(MODEL, config.train)
-    evaluate = jax.jit(lambda p, t: objective(p, None, {"tokens": t}))
+    score = jax.jit(lambda p, t: objective(p, None, {"tokens": t}))
+    done = 0
 
-    def held_out_loss(params) -> float:
-        total = count = 0.0
-        for i in range(0, len(held) // 8 * 8, 8):
-            s, n = evaluate(params, held[i : i + 8])
-            total, count = total + float(s), count + float(n)
-        print(f"held-out {total / count:.4f} nats per token", flush=True)
-        return total / count
+    def held_out(params: Tree) -> float:
+        sums = [[float(x) for x in score(params, held[i : i + 8])] for i in range(0, len(held) // 8 * 8, 8)]
+        loss = sum(s for s, _ in sums) / sum(n for _, n in sums)
+        run.log(done, held_out_loss=loss)
+        return loss
 
-    result = train(
-        init_params(MODEL, jax.random.key(config.train.seed)),
-        batch,
-        objective,
-        config.train,
-        directory=run.path("checkpoints"),
-        resume=run.resumed,
-        on_metrics=lambda m: (
-            run.log(**{k: v for k, v in m.items() if k != "step"}, step=m["step"]),
-            print(json.dumps(m), flush=True),
-        ),
-        on_resume=run.rewind,
-        evaluate=held_out_loss,
-    )
-    model = Model(MODEL, result.params, tokenizer)
-    save_hf(model, run.path("model"), dtype="bfloat16")
-    run.summary(status=result.status, step=result.step, held_out_nats_per_token=held_out_loss(result.params))
+    with Progress("pretrain", config.train.steps, config.train.log_every) as progress:
+
+        def on_metrics(m: dict[str, float]) -> None:
+            nonlocal done
+            done = int(m["step"])
+            run.log(**m)
+            progress.update(done, loss=m["loss"], tokens_per_second=round(m["tokens_per_second"]))
+
+        result = train(
+            init_params(MODEL, jax.random.key(config.train.seed)),
+            batch,
+            objective,
+            config.train,
+            directory=run.path("checkpoints"),
+            resume=run.resumed,
+            on_metrics=on_metrics,
+            on_resume=run.rewind,
+            evaluate=held_out,
+        )
+    if result.status == "stopped":
+        raise KeyboardInterrupt
+    out = run.path("model")
+    done = result.step
+    loss = held_out(result.params)
+    if not out.exists():
+        save_hf(Model(MODEL, result.params, tokenizer), out, dtype="bfloat16")
+    fingerprint.save(out / "training_hashes.npz")
+    write_bytes(out / "loss.png", curve(run.metrics()))
+    tokens = config.train.steps * B * T
+    write_text(out / "README.md", card(tokens, len(stream), len(documents), loss))
+    run.summary(step=result.step, tokens=tokens, held_out_nats_per_token=loss, parameters=MODEL.num_params)
+
+
+def curve(metrics: list[dict[str, Any]]) -> bytes:
+    """Training and held-out loss over tokens, as PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    per_step = next(m["tokens"] for m in metrics if "tokens" in m) / 1e6
+    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    for key, label, style in (("loss", "training", "-"), ("held_out_loss", "held out", "o-")):
+        points = [(m["step"] * per_step, m[key]) for m in metrics if key in m]
+        axes.plot(*zip(*points), style, label=label, markersize=4)
+    axes.set(xlabel="million tokens", ylabel="nats per token", title="lowbit-base pretraining")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=120, metadata={"Software": None})
+    pyplot.close(figure)
+    return buffer.getvalue()
+
+
+def card(tokens: int, stream: int, documents: int, loss: float) -> str:
+    """The model card."""
+    command = (__doc__ or "").split("Command: ")[1].split("\n")[0]
+    return f"""---
+license: apache-2.0
+language: en
+library_name: lowbit
+pipeline_tag: text-generation
+---
+
+# lowbit-base
+
+A Llama of {MODEL.num_params:,} parameters for testing quantization: {MODEL.num_layers} layers, hidden size
+{MODEL.hidden_size}, MLP {MODEL.intermediate_size}, {MODEL.num_heads} heads over {MODEL.num_kv_heads} key-value heads,
+byte-level BPE of {MODEL.vocab_size} tokens, tied embedding, context {MODEL.max_position}. Every width is a multiple of
+256, so K-quants and ternary GGUF types can hold it. It writes Python-like and English-like text and knows nothing.
+
+- Training text: the CPython standard library (source code without tests, docstrings, `pydoc` topics), *Moby-Dick* and
+  Shakespeare (both public domain): {documents:,} documents, {stream:,} tokens.
+- Trained on {tokens:,} tokens. Loss on held-out standard-library text: **{loss:.3f} nats per token**.
+- `training_hashes.npz` holds the normalised-content hashes of all training documents and a sample of their 13-grams;
+  evaluation text is checked against it.
+- Command: `{command}`
+
+![loss](loss.png)
+"""
