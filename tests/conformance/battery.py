@@ -7,7 +7,7 @@ SHAPE = (8, 512)  # rows hold two of the largest blocks (256)
 
 
 def weights() -> dict[str, np.ndarray]:
-    """float32 `SHAPE` matrices by what they are hard for. Magnitudes stay in fp16's range, so that every format holds them."""
+    """float32 `SHAPE` matrices by what they are hard for, within fp16's range so that every format holds them."""
     rng = np.random.default_rng(0)
     normal = rng.standard_normal(SHAPE).astype(np.float32)
     zeros = 0.02 * normal

@@ -1,0 +1,209 @@
+"""What fake quantization costs a training step, and what google qwix's costs on the same model.
+
+One process, programs timed in turn, minimum of each (a shared machine only ever adds time). The model has the shapes
+of lowbit-base (llama, about 8M parameters); a step is the cross entropy, its gradient and AdamW on 2048 tokens, without
+a teacher. Ratios are to the same step without fake quantization. Ours runs layers under `scan`; qwix recognises weights
+by object identity, which a scan loses, so it runs unrolled layers and its ratio is to the plain unrolled step
+(`unrolled` gives ours under the same condition). Weights only: int4, groups of 64 along the input.
+
+    python benchmarks/qat_step.py [--quick] [--json]
+
+`--json` prints one object last: `ours`, `unrolled` and `qwix` (ratios), `step_ms`, `compile_s`, `loss`, versions.
+"""
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+import time
+from contextlib import contextmanager
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+from lowbit import tree as trees
+from lowbit.formats import base
+from lowbit.formats.base import Latent
+from lowbit.models import decoder
+from lowbit.models.config import ModelConfig
+
+CONFIG = ModelConfig(
+    family="llama",
+    vocab_size=4096,
+    hidden_size=512,
+    intermediate_size=768,
+    num_layers=3,
+    num_heads=8,
+    num_kv_heads=4,
+    head_dim=64,
+    max_position=256,
+    tied=True,
+)
+FORMAT = "int4:g64"
+OPTIMIZER = optax.adamw(1e-3)
+
+
+def cross_entropy(logits: jax.Array, tokens: jax.Array) -> jax.Array:
+    logp = jax.nn.log_softmax(logits[:, :-1])
+    return -jnp.mean(jnp.take_along_axis(logp, tokens[:, 1:, None], axis=-1))
+
+
+def make_step(loss):
+    """A donated, jitted `(params, state, tokens) -> (params, state, loss)`."""
+
+    def step(params, state, tokens):
+        value, grads = jax.value_and_grad(loss)(params, tokens)
+        updates, state = OPTIMIZER.update(grads, state, params)
+        return optax.apply_updates(params, updates), state, value
+
+    return jax.jit(step, donate_argnums=(0, 1))
+
+
+@contextmanager
+def unrolled():
+    """The decoder without its scan over equal layers."""
+    runs = decoder._runs
+    decoder._runs = lambda layers: [(i, i + 1) for i in range(len(layers))]
+    try:
+        yield
+    finally:
+        decoder._runs = runs
+
+
+def decoder_loss(params, tokens):
+    return cross_entropy(decoder.forward(params, tokens, CONFIG), tokens)
+
+
+def latents(params):
+    """Every block linear as a latent weight in training."""
+    fmt, linears = base.get(FORMAT), set(CONFIG.linear_shapes())
+
+    def wrap(path: str, leaf):
+        return Latent(leaf, {}, fmt) if ".layers." in path and path.split(".", 3)[3] in linears else leaf
+
+    return trees.map_leaves(wrap, params)
+
+
+# -- qwix: the same forward pass behind nnx modules that hold the weights as nnx.Param ---------------------------------
+
+
+class Blocks(nnx.Module):
+    """All layers; attributes are named by path, where qwix looks a weight up."""
+
+    def __init__(self, flat: dict[str, jax.Array]):
+        for path, leaf in flat.items():
+            setattr(self, path.replace(".", "/"), nnx.Param(leaf))
+
+    def __call__(self, embedding: jax.Array, tokens: jax.Array) -> jax.Array:
+        flat = {n.replace("/", "."): p[...] for n, p in vars(self).items() if isinstance(p, nnx.Param)}
+        params = trees.build({"model.embed_tokens": embedding, **flat})
+        with unrolled():
+            return decoder.hidden_states(params, tokens, CONFIG)[0]
+
+
+class Head(nnx.Module):
+    """Outside of the quantization rule, as the embedding is in ours."""
+
+    def __call__(self, embedding: jax.Array, x: jax.Array) -> jax.Array:
+        return decoder.head({"model": {"embed_tokens": embedding}}, x, CONFIG)
+
+
+class Model(nnx.Module):
+    def __init__(self, params: trees.Tree):
+        flat = dict(trees.items(params))
+        self.embedding = nnx.Param(flat.pop("model.embed_tokens"))
+        self.blocks, self.head = Blocks(flat), Head()
+
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        embedding = self.embedding[...]
+        return self.head(embedding, self.blocks(embedding, tokens))
+
+
+def qwix_program(params: trees.Tree, tokens: jax.Array):
+    """`(loss, params)` of the model as `QtProvider` quantizes it."""
+    import qwix
+
+    rule = qwix.QtRule(module_path="blocks", op_names=("dot_general",), weight_qtype="int4", tile_size=64)
+    model = qwix.quantize_model(Model(params), qwix.QtProvider([rule]), tokens)
+    graph, weights, rest = nnx.split(model, nnx.Param, ...)
+
+    def loss(weights, tokens):
+        return cross_entropy(nnx.merge(graph, weights, rest)(tokens), tokens)
+
+    return loss, weights
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="3 rounds instead of 12")
+    parser.add_argument("--json", action="store_true", help="print one JSON object last")
+    args = parser.parse_args()
+
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, CONFIG.vocab_size, (8, CONFIG.max_position)), jnp.int32)
+    params = decoder.init_params(CONFIG, jax.random.key(0))
+
+    def unrolled_loss(params, tokens):
+        with unrolled():
+            return decoder_loss(params, tokens)
+
+    qwix_loss, qwix_params = qwix_program(params, tokens)
+    programs = {
+        "plain": (decoder_loss, params),
+        "ours": (decoder_loss, latents(params)),
+        "plain_unrolled": (unrolled_loss, params),
+        "ours_unrolled": (unrolled_loss, latents(params)),
+        "qwix": (qwix_loss, qwix_params),
+    }
+    steps, states, compile_s, first_loss = {}, {}, {}, {}
+    for name, (loss, start) in programs.items():
+        start = jax.tree.map(jnp.copy, start)  # donated below
+        args_ = (start, OPTIMIZER.init(start), tokens)
+        t = time.perf_counter()
+        steps[name] = make_step(loss).lower(*args_).compile()
+        compile_s[name] = round(time.perf_counter() - t, 2)
+        *states[name], value = steps[name](*args_)
+        first_loss[name] = float(value)
+    # The programs must be what they claim: one model, and really quantized.
+    assert abs(first_loss["plain"] - first_loss["plain_unrolled"]) < 1e-4, first_loss
+    assert abs(first_loss["ours"] - first_loss["ours_unrolled"]) < 1e-4, first_loss
+    for name in ("ours", "qwix"):
+        assert 1e-6 < abs(first_loss[name] - first_loss["plain"]) < 0.1, first_loss
+
+    best = dict.fromkeys(steps, float("inf"))
+    for _ in range(3 if args.quick else 12):
+        for name, step in steps.items():
+            t = time.perf_counter()
+            *states[name], value = step(*states[name], tokens)
+            jax.block_until_ready((states[name], value))
+            best[name] = min(best[name], time.perf_counter() - t)
+    result = {
+        "ours": round(best["ours"] / best["plain"], 3),
+        "unrolled": round(best["ours_unrolled"] / best["plain_unrolled"], 3),
+        "qwix": round(best["qwix"] / best["plain_unrolled"], 3),
+        "plain_ms": round(1e3 * best["plain"], 1),
+        "step_ms": {k: round(1e3 * v, 1) for k, v in best.items()},
+        "compile_s": compile_s,
+        "loss": {k: round(v, 5) for k, v in first_loss.items()},
+        "tokens": int(tokens.size),
+        "format": FORMAT,
+        "device": jax.devices()[0].device_kind,
+        "versions": {
+            "python": platform.python_version(),
+            **{p: importlib.metadata.version(p) for p in ("jax", "jaxlib", "flax", "qwix")},
+        },
+    }
+    for name, ms in result["step_ms"].items():
+        print(f"{name:15s} {ms:9.1f} ms a step   compile {compile_s[name]:6.1f} s   loss {first_loss[name]:.5f}")
+    print(f"ours {result['ours']:.3f}   unrolled {result['unrolled']:.3f}   qwix {result['qwix']:.3f}   (to plain)")
+    if args.json:
+        print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
