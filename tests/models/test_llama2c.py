@@ -37,7 +37,7 @@ def nats_per_token(model, stories: int) -> float:
     [
         (f"{STORIES}/stories260K.bin", 1.504),
         (f"{BIT}/bit_model_3M.bin", 1.420),
-        (f"{BIT}/bit_model_1M.bin", 1.557),
+        pytest.param(f"{BIT}/bit_model_1M.bin", 1.557, marks=pytest.mark.slow),
     ],
 )
 def test_published_loss(path, expected):
@@ -165,5 +165,8 @@ def test_save_refuses_what_the_file_cannot_say(tmp_path, name, field):
 def test_save_decodes_packed_weights(tmp_path):
     packed = quantized(tiny(), {"model.layers.1.self_attn.q_proj": "int4:g16"})
     save_llama2c(packed, tmp_path / "m.bin")
+    back = load_llama2c(tmp_path / "m.bin")
+    want = packed.params["model"]["layers"]["1"]["self_attn"]["q_proj"].decode()
+    np.testing.assert_array_equal(back.params["model"]["layers"]["1"]["self_attn"]["q_proj"], want)
     x = np.arange(1, 30)
-    np.testing.assert_allclose(load_llama2c(tmp_path / "m.bin").logits(x), packed.logits(x), atol=1e-5)
+    np.testing.assert_allclose(back.logits(x), packed.logits(x), atol=2e-4)  # logits of 17, another order of sums
