@@ -25,9 +25,9 @@ X = np.random.default_rng(1).standard_normal((3, SHAPE[1])).astype(np.float32)
 uniform = pytest.mark.parametrize("name", [n for n in NAMES if isinstance(base.get(n), Uniform)])
 every = pytest.mark.parametrize("name", NAMES)
 # The laws that compile large programs run over these variants of others only with `-m slow`.
-VARIANTS = """f32 fp16 int1:channel int2:channel int2:g64:asym int2:g64:mse int3:g64 int3:tensor:lsq int4:g32:signmax int4:g128:mse:f32 int5:g64
-int6:g64:fixed2 int7:g64 int8:tensor int8:g32:asym ternary:channel ternary:g64:lsq ternary:tensor:f32
-q2_0:mse""".split()
+VARIANTS = """f32 fp16 int1:channel int2:channel int2:g64:asym int2:g64:mse int3:g64 int3:tensor:lsq int4:g32:signmax
+int4:g128:mse:f32 int5:g64 int6:g64:fixed2 int7:g64 int8:tensor int8:g32:asym ternary:channel ternary:g64:lsq
+ternary:tensor:f32 q2_0:mse""".split()
 most = pytest.mark.parametrize(
     "name", [pytest.param(n, marks=[pytest.mark.slow] if n in VARIANTS else []) for n in NAMES]
 )
