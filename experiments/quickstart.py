@@ -28,7 +28,7 @@ from lowbit import qat
 from lowbit import tree as trees
 from lowbit.data import contamination, corpus, rows
 from lowbit.data.tokenizer import ByteTokenizer
-from lowbit.errors import InputError
+from lowbit.errors import InputError, Stopped
 from lowbit.evaluate.perplexity import evaluate
 from lowbit.experiment import report
 from lowbit.experiment.progress import Progress
@@ -42,6 +42,7 @@ from lowbit.models.hf import load_hf, save_hf
 from lowbit.models.model import Model
 from lowbit.plan import Plan, Rule
 from lowbit.ptq import rtn
+from lowbit.train import memory
 from lowbit.train.config import TrainConfig
 from lowbit.train.loop import train
 from lowbit.train.objective import language
@@ -59,10 +60,41 @@ class Data:
     """A text, .jsonl file or folder instead."""
     hub: str | None = None
     """A hub data set by name instead."""
+    hub_split: str = "train"
+    hub_config: str | None = None
+    field: str = "text"
+    """Field of a data set or .jsonl line that holds the text."""
+    documents: int = 2000
+    """Documents read from a hub data set, at most."""
     held_out: float = 0.25
     """Part of the documents that is evaluated on and never trained on."""
     eval_tokens: int = 16384
     """Tokens evaluated on, at most."""
+    convention: str | None = None
+    """Of the evaluation (see docs/evaluate.md); default: gptq-N with the model's context."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Opt:
+    """AdamW with a cosine schedule, the same number of steps for every trained row."""
+
+    lr: float = 1e-3
+    """Peak learning rate of QAT at 3 bits and below."""
+    lr_high: float = 1e-4
+    """Peak learning rate of QAT above 3 bits, and of the fp row."""
+    steps: int = 24
+    batch_size: int = 8
+    """Rows of one step."""
+    seq: int = 256
+    """Tokens of one row."""
+    warmup: int = 2
+    seed: int = 0
+
+    def config(self, lr: float, **changes: Any) -> TrainConfig:
+        """Settings of a trained row."""
+        same = {"steps": self.steps, "batch_size": self.batch_size, "warmup": self.warmup, "seed": self.seed}
+        every = max(1, self.steps // 4)
+        return TrainConfig(**same | {"lr": lr, "log_every": 4, "save_every": every, "keep": 1} | changes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,21 +102,14 @@ class Config:
     model: str = BASE
     """Folder, file, run directory, hub id or name in the package."""
     pretrain: bool = False
-    """Train a tiny byte-level Llama first, on the same text, and use it instead of the model."""
+    """Train a tiny byte-level Llama first, on a part of the text that is not used again, and use it as the model."""
+    pretrain_steps: int = 150
     formats: tuple[str, ...] = ("q4_0", "int2:g64", "tq2_0")
     """Formats of the linears inside blocks; each gets a row RTN and a row QAT."""
     keep: tuple[str, ...] = ()
     """Regular expressions of weights that stay bf16."""
     data: Data = Data()
-    seq: int = 256
-    """Tokens of one training row."""
-    lr: float = 1e-3
-    """Peak learning rate of QAT at 3 bits and below."""
-    lr_high: float = 1e-4
-    """Peak learning rate of QAT above 3 bits, and of the fp row."""
-    train: TrainConfig = TrainConfig(steps=24, batch_size=8, loss="kl", warmup=2, log_every=4, save_every=12)
-    """Of each trained row; its loss and lr are set by the rows."""
-    pretrain_steps: int = 150
+    opt: Opt = Opt()
 
 
 def run(config: Config, run: Run) -> None:
@@ -92,55 +117,71 @@ def run(config: Config, run: Run) -> None:
     base = pretrained(config, run, documents) if config.pretrain else open_model(config.model)
     if base.tokenizer is None:
         raise InputError(f"model {config.model} has no tokenizer (allowed: a model with one)")
-    assignments = {f: make_plan(config, f).resolve(base.config.shapes()) for f in config.formats}
+    plans = {f: make_plan(config, f) for f in config.formats}
+    assignments = {f: plan.resolve(base.config.shapes()) for f, plan in plans.items()}
     fp = base.replace(params=jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), base.params))
     train_documents, held_out, overlap = split(config.data, base, documents)
-    packed = rows.prepare(train_documents, base.tokenizer, min(config.seq, base.config.max_position), run.path("rows"))
+    length = min(config.opt.seq, base.config.max_position)
+    packed = rows.prepare(train_documents, base.tokenizer, length, run.path("rows"))
     text = first_tokens(base, held_out, config.data.eval_tokens)
+    table: list[dict[str, Any]] = []
 
-    def measure(name: str, make: Callable[[], Tree], target: str, noise: bool = False, **kind: str) -> None:
-        """Makes a model, exports it, reads the file back, evaluates what was read; a row that is there is kept."""
+    def measure(name: str, make: Callable[[], Tree], target: str = "gguf:auto", **kind: str) -> None:
+        """Makes a model, exports it, reads the file back, evaluates what was read; keeps a row of an earlier start."""
         slug = re.sub(r"[^a-z0-9_]+", "-", name.lower())
         saved = run.path("measured", f"{slug}.json")
-        if saved.exists():
-            return
-        start = time.monotonic()
-        params = make()
-        model = fp.replace(params=params if params is base.params else rest_bf16(params))
-        seconds = time.monotonic() - start
-        file = run.path("export", f"{slug}.gguf")
-        written = export(model, target, file)
-        scores = evaluate(open_model(file), text, fp, self_noise=noise)
-        floor = {"name": "fp in bfloat16 (noise floor)", "method": "noise"} | scores.pop("self_noise", {})
-        row = {"name": name, **kind, **scores, "seconds": round(seconds, 1)}
-        row |= {"types": written["types"], "kl_export": written["kl_mean"]}
-        write_json(saved, [row, floor] if noise else [row])
-        say(f"{name}: KL {scores['kl_mean']:.4g}, perplexity {scores['perplexity']:.3f}, {seconds:.0f} s")
+        if not saved.exists():
+            start = time.monotonic()
+            params = make()
+            seconds = time.monotonic() - start
+            file = run.path("export", f"{slug}.gguf")
+            written = export(fp.replace(params=params), target, file)
+            first = not table
+            scores = evaluate(open_model(file), text, fp, config.data.convention, self_noise=first)
+            floor = {"name": "fp in bfloat16 (noise floor)", "method": "noise"} | scores.pop("self_noise", {})
+            row = {"name": name, **kind, **scores, "seconds": round(seconds, 1)}
+            row |= {"types": written["types"], "kl_export": written["kl_mean"]}
+            write_json(saved, [row, floor] if first else [row])
+            say(f"{name}: KL {scores['kl_mean']:.4g}, perplexity {scores['perplexity']:.3f}, {seconds:.0f} s")
+        table.extend(json.loads(saved.read_text()))
 
-    plain = "gguf:BF16" if all(a.dtype == jnp.bfloat16 for a in jax.tree.leaves(base.params)) else "gguf:F32"
-    measure("fp", lambda: base.params, plain, noise=True, method="fp")
-    measure(
-        "fp, trained equally long", lambda: rest_bf16(trained(config, run, packed, fp, None)), "gguf:BF16", method="fp"
-    )
+    plain = all(a.dtype == jnp.bfloat16 for a in jax.tree.leaves(base.params))
+    measure("fp", lambda: base.params, "gguf:BF16" if plain else "gguf:F32", method="fp")
+    longer = partial(trained, config, run, packed, fp, "fp", {}, config.opt.config(config.opt.lr_high, loss="ce"))
+    measure("fp, trained equally long", longer, "gguf:BF16", method="fp")
     for fmt, assignment in assignments.items():
-        rounded = partial(rtn.quantize, fp.params, assignment)
-        learned = partial(trained, config, run, packed, fp, assignment, fmt)
-        measure(f"RTN {fmt}", rounded, "gguf:auto", method="RTN", format=fmt)
-        measure(f"QAT {fmt}", learned, "gguf:auto", method="QAT", format=fmt)
+        low = max(row.bits for row in plans[fmt].table(base.config.shapes()) if row.site in assignment) <= 3
+        settings = config.opt.config(config.opt.lr if low else config.opt.lr_high, loss="kl")
+        measure(f"RTN {fmt}", partial(rounded, fp, assignment), method="RTN", format=fmt)
+        learned = partial(trained, config, run, packed, fp, fmt, assignment, settings)
+        measure(f"QAT {fmt}", learned, method="QAT", format=fmt)
 
-    table = [row for file in order(run, config) for row in json.loads(file.read_text())]
-    tokens = config.train.steps * config.train.batch_size * packed.manifest.seq_len
-    shown = [{k: v for k, v in row.items() if k not in ("types", "convention", "tokens", "windows")} for row in table]
-    notes = describe(config, base, table[0], tokens, len(train_documents), len(held_out), overlap)
+    tokens = config.opt.steps * config.opt.batch_size * length
+    hidden = ("types", "convention", "tokens", "windows", "perplexity_stderr", "kl_mean_stderr")
+    shown = [{k: v for k, v in row.items() if k not in hidden} for row in table]
+    notes = describe(config, table[0], tokens, len(train_documents), len(held_out), overlap)
     paths = report.write_report(shown, run.path("report"), f"Quickstart: {config_name(config)}", notes)
     run.summary(rows=table, report=str(paths["report.html"]), tokens_trained=tokens)
     print(report.text_table(shown), flush=True)
 
 
 def dry_run(config: Config) -> dict[str, Any]:
-    """Formats, bits and bytes of every tensor, by format; nothing is computed."""
-    shapes = open_model(config.model).config.shapes()
-    return {f: [dataclasses.asdict(row) for row in make_plan(config, f).table(shapes)] for f in config.formats}
+    """Bytes of each device in a QAT step, and the layer -> rule -> format -> bits table of every format."""
+    model = tiny(config, ByteTokenizer()) if config.pretrain else open_model(config.model).config
+    out: dict[str, Any] = {}
+    for fmt in config.formats:
+        plan = make_plan(config, fmt)
+        assignment, settings = plan.resolve(model.shapes()), config.opt.config(config.opt.lr, loss="kl")
+
+        def student(assignment: dict[str, Any] = assignment) -> Tree:
+            return qat.get("ste").prepare(init_params(model, jax.random.key(0)), assignment)
+
+        batch = {k: ((settings.batch_size, config.opt.seq + 1), jnp.int32) for k in ("tokens", "segments")}
+        goal = language(model, settings, model)
+        step = memory.estimate(student, batch, goal, settings, lambda: init_params(model, jax.random.key(0)))
+        table = [dataclasses.asdict(row) for row in plan.table(model.shapes())]
+        out[fmt] = {"per_device": dataclasses.asdict(step), "tensors": table}
+    return out
 
 
 def config_name(config: Config) -> str:
@@ -156,27 +197,29 @@ def read_documents(data: Data) -> list[str]:
     if data.path is not None and data.hub is not None:
         raise InputError(f"--data.path {data.path} and --data.hub {data.hub} (allowed: one of them)")
     if data.path is not None:
-        documents = list(corpus.documents(data.path))
+        documents = list(corpus.documents(data.path, data.field))
     elif data.hub is not None:
-        documents = list(itertools.islice(corpus.hub_documents(data.hub), 2000))
+        found = corpus.hub_documents(data.hub, data.hub_split, data.hub_config, data.field)
+        documents = list(itertools.islice(found, data.documents))
     else:
         documents = corpus.python_corpus()
     return documents if len(documents) >= 20 else [p for d in documents for p in corpus.pieces(d, 4000)]
 
 
-def split(data: Data, base: Model, documents: list[str]) -> tuple[list[str], list[str], int]:
-    """Training and evaluation documents without a 13-gram in common, none of which the model was pretrained on (if
-    what it was trained on is known), and how many documents that removed."""
-    known = Path(base.source) / HASHES
-    seen: set[int] = set()
-    if known.is_file():
+def split(data: Data, base: Model, documents: list[str]) -> tuple[list[str], list[str], int | None]:
+    """Training and evaluation documents without a sampled 13-gram in common, none of which the model was pretrained on,
+    and how many documents that removed (None: nobody knows what the model was trained on)."""
+    removed = None
+    if (known := Path(base.source) / HASHES).is_file():
         hashes = contamination.Contamination.load(known)
         seen = set(hashes.overlap(documents))
+        removed = len(seen)
         documents = [d for i, d in enumerate(documents) if i not in seen]
-        hashes.assert_disjoint(documents, "quickstart text")
     parts = contamination.split(documents, data.held_out)
+    if removed is not None:
+        hashes.assert_disjoint(parts.held_out)
     contamination.Contamination.of(parts.train).assert_disjoint(parts.held_out)
-    return parts.train, sorted(parts.held_out, key=contamination.document_hash), len(seen)
+    return parts.train, sorted(parts.held_out, key=contamination.document_hash), removed
 
 
 def first_tokens(model: Model, documents: list[str], count: int) -> list[str]:
@@ -191,18 +234,30 @@ def first_tokens(model: Model, documents: list[str], count: int) -> list[str]:
     return out
 
 
+def rounded(fp: Model, assignment: dict[str, Any]) -> Tree:
+    """`fp` rounded to nearest."""
+    return rest_bf16(rtn.quantize(fp.params, assignment))
+
+
 def trained(
-    config: Config, run: Run, packed: rows.Rows, fp: Model, assignment: dict[str, Any] | None, fmt: str = "fp"
+    config: Config,
+    run: Run,
+    packed: rows.Rows,
+    fp: Model,
+    name: str,
+    assignment: dict[str, Any],
+    settings: TrainConfig,
 ) -> Tree:
-    """Parameters of `fp` after training: with `assignment` by recipe ste and KL to `fp`, without by cross-entropy."""
-    part = run.sub(f"train-{fmt.replace(':', '-')}")
-    low = assignment is not None and max(bits(f) for f in assignment.values()) <= 3
-    settings = dataclasses.replace(
-        config.train, lr=config.lr if low else config.lr_high, loss="ce" if assignment is None else config.train.loss
-    )
+    """`fp` after training by recipe ste (without an `assignment`: plain training), as it is stored."""
     recipe = qat.get("ste")
-    params = fp.params if assignment is None else recipe.prepare(fp.params, assignment)
-    with Progress(f"train {fmt}", settings.steps, settings.log_every) as progress:
+    params = fit(run, f"train {name}", packed, fp, recipe.prepare(fp.params, assignment), settings)
+    return rest_bf16(recipe.convert(params))
+
+
+def fit(run: Run, name: str, packed: rows.Rows, fp: Model, params: Tree, settings: TrainConfig) -> Tree:
+    """Trains `params`, with `fp` as teacher where the loss has one; goes on from a checkpoint in a resumed run."""
+    part = run.sub(re.sub(r"[^a-z0-9_]+", "-", name))
+    with Progress(name, settings.steps, settings.log_every) as progress:
 
         def on_metrics(m: dict[str, Any]) -> None:
             part.log(**m)
@@ -225,13 +280,8 @@ def trained(
             on_resume=on_resume,
         )
     if result.status == "stopped":
-        raise KeyboardInterrupt
-    return recipe.convert(result.params)
-
-
-def bits(fmt: Any) -> float:
-    """Bits per weight of a format, on a matrix that every group size divides."""
-    return fmt.encode(jnp.zeros((1, 7680), jnp.float32)).bits_per_weight
+        raise Stopped(result.message)
+    return result.params
 
 
 def rest_bf16(params: Tree) -> Tree:
@@ -239,15 +289,9 @@ def rest_bf16(params: Tree) -> Tree:
     return trees.map_leaves(lambda _, x: x if isinstance(x, QTensor) else x.astype(jnp.bfloat16), params)
 
 
-def pretrained(config: Config, run: Run, documents: list[str]) -> Model:
-    """A byte-level Llama of two layers, trained on a part of the documents that is not used again."""
-    out = run.path("pretrained")
-    parts = contamination.split(documents, 0.5)
-    if (out / "config.json").exists():
-        documents[:] = parts.held_out
-        return load_hf(out)
-    tokenizer = ByteTokenizer()
-    model = ModelConfig(
+def tiny(config: Config, tokenizer: ByteTokenizer) -> ModelConfig:
+    """A byte-level Llama of two layers whose widths every format divides."""
+    return ModelConfig(
         family="llama",
         vocab_size=tokenizer.vocab_size,
         hidden_size=256,
@@ -256,54 +300,47 @@ def pretrained(config: Config, run: Run, documents: list[str]) -> Model:
         num_heads=4,
         num_kv_heads=2,
         head_dim=64,
-        max_position=config.seq,
+        max_position=config.opt.seq,
         tied=True,
         bos_token_id=tokenizer.bos_id,
         eos_token_ids=tuple(tokenizer.eos_ids),
     )
-    packed = rows.prepare(parts.train, tokenizer, config.seq, run.path("pretraining_rows"))
-    settings = dataclasses.replace(
-        config.train, steps=config.pretrain_steps, loss="ce", optimizer="muon", lr=5e-3, schedule="wsd", decay=0.5
-    )
-    part = run.sub("pretrain")
-    with Progress("pretrain", settings.steps) as progress:
-        result = train(
-            init_params(model, jax.random.key(settings.seed)),
-            lambda step: packed.batch(step, settings.batch_size, settings.seed),
-            language(model, settings),
-            settings,
-            directory=part.path("checkpoints"),
-            resume=run.resumed,
-            on_metrics=lambda m: (part.log(**m), progress.update(m["step"], loss=m["loss"])),
-            on_resume=part.rewind,
+
+
+def pretrained(config: Config, run: Run, documents: list[str]) -> Model:
+    """`tiny`, trained on half of the documents; their hashes lie beside it, so that `split` leaves them out."""
+    out = run.path("pretrained")
+    if not (out / HASHES).exists():
+        tokenizer = ByteTokenizer()
+        model = Model(tiny(config, tokenizer), {}, tokenizer)
+        half = contamination.split(documents, 0.5).train
+        packed = rows.prepare(half, tokenizer, config.opt.seq, run.path("pretraining_rows"))
+        settings = config.opt.config(
+            5e-3, steps=config.pretrain_steps, loss="ce", optimizer="muon", schedule="wsd", decay=0.5
         )
-    if result.status == "stopped":
-        raise KeyboardInterrupt
-    contamination.Contamination.of(parts.train).save(out.with_name(HASHES))
-    save_hf(Model(model, result.params, tokenizer), out)
-    documents[:] = parts.held_out
+        params = init_params(model.config, jax.random.key(config.opt.seed))
+        params = fit(run, "pretrain", packed, model, params, settings)
+        if not out.exists():
+            save_hf(model.replace(params=params), out)
+        contamination.Contamination.of(half).save(out / HASHES)
     return load_hf(out)
 
 
-def order(run: Run, config: Config) -> list[Path]:
-    """The measured rows, as they stand in the table."""
-    names = ["fp", "fp-trained-equally-long"]
-    for fmt in config.formats:
-        names += [f"{m}-{re.sub(r'[^a-z0-9_]+', '-', fmt)}" for m in ("rtn", "qat")]
-    return [run.path("measured", f"{n}.json") for n in names]
-
-
 def describe(
-    config: Config, base: Model, fp: dict[str, Any], tokens: int, train_count: int, eval_count: int, overlap: int
+    config: Config, fp: dict[str, Any], tokens: int, train_count: int, eval_count: int, overlap: int | None
 ) -> str:
     """The text above the table."""
     rules = [f"`{k}` stays bf16" for k in config.keep] + ["every other linear inside blocks gets the row's format"]
     source = config.data.path or config.data.hub or "the text of this Python installation"
+    pretraining = (
+        "what the model was pretrained on is not known"
+        if overlap is None
+        else f"{overlap} left out because the model was pretrained on a part of them"
+    )
     return "\n\n".join(
         [
-            f"Text: {source}; {train_count} documents trained on, {eval_count} held out, {overlap} left out because the"
-            f" model was pretrained on a part of them; {fp['tokens']} tokens evaluated, convention {fp['convention']},"
-            f" reference the fp model in float32.",
+            f"Text: {source}; {train_count} documents trained on, {eval_count} held out, {pretraining};"
+            f" {fp['tokens']} tokens evaluated, convention {fp['convention']}, reference the fp model in float32.",
             f"Each trained row: {tokens} tokens. QAT by straight-through estimation, forward KL to the fp model.",
             f"Rules, first match wins: {'; '.join(rules)}. Embeddings, head and norms stay bf16.",
             "Every row was exported to GGUF, read back, and measured from the file.",

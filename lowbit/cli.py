@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 
 from lowbit import __version__
-from lowbit.errors import InputError, unknown
+from lowbit.errors import InputError, Stopped, unknown
 
 VERBS: dict[str, tuple[str, str, str]] = {  # verb: (module, options class, one line)
     "run": ("run", "Run", "run an experiment file"),
@@ -36,6 +36,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except InputError as e:
         print(f"lowbit: error: {' '.join(str(e).split())}", file=sys.stderr)
         return 2
+    except Stopped as e:
+        print(f"lowbit: {e}", file=sys.stderr)
+        return 0
     except KeyboardInterrupt:
         again = " (the same command with --resume continues)" if argv[:1] in (["train"], ["run"]) else ""
         print(f"lowbit: interrupted{again}", file=sys.stderr)

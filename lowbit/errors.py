@@ -1,4 +1,4 @@
-"""The one error type that a user's input can cause.
+"""The one error type that a user's input can cause, and the one way to stop early.
 
 The command line prints it as one line and exits with code 2; everything else is a bug and keeps its traceback.
 """
@@ -9,6 +9,10 @@ from collections.abc import Iterable
 
 class InputError(ValueError):
     """Bad input: names the thing, its value and what is allowed."""
+
+
+class Stopped(Exception):
+    """The run was asked to stop (SIGTERM, Ctrl-C) and has saved its state: the command ends with exit code 0."""
 
 
 def unknown(kind: str, value: object, allowed: Iterable[str]) -> InputError:

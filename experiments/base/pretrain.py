@@ -11,6 +11,7 @@ Expected numbers: 3.0 nats per token on the held-out text
 
 import dataclasses
 import io
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -18,6 +19,7 @@ import numpy as np
 
 from lowbit.data import contamination, corpus
 from lowbit.data.tokenizer import train_bpe
+from lowbit.errors import Stopped
 from lowbit.experiment.progress import Progress
 from lowbit.experiment.run import Run
 from lowbit.files import write_bytes, write_text
@@ -128,7 +130,7 @@ def run(config: Config, run: Run) -> None:
             evaluate=held_out,
         )
     if result.status == "stopped":
-        raise KeyboardInterrupt
+        raise Stopped(result.message)
     out = run.path("model")
     done = result.step
     loss = held_out(result.params)
@@ -137,7 +139,7 @@ def run(config: Config, run: Run) -> None:
     fingerprint.save(out / "training_hashes.npz")
     write_bytes(out / "loss.png", curve(run.metrics()))
     tokens = config.train.steps * B * T
-    write_text(out / "README.md", card(tokens, len(stream), len(documents), loss))
+    write_text(out / "README.md", card(command(config), tokens, len(stream), len(documents), loss))
     run.summary(step=result.step, tokens=tokens, held_out_nats_per_token=loss, parameters=MODEL.num_params)
 
 
@@ -162,9 +164,21 @@ def curve(metrics: list[dict[str, Any]]) -> bytes:
     return buffer.getvalue()
 
 
-def card(tokens: int, stream: int, documents: int, loss: float) -> str:
+def command(config: Config) -> str:
+    """The command that gives this config; of its texts the file names only, folders differ between machines."""
+    default = Config()
+    words = ["lowbit run experiments/base/pretrain.py --texts", *(Path(t).name for t in config.texts)]
+    for name in ("held_out", "keep_every", "seq_len"):
+        if getattr(config, name) != getattr(default, name):
+            words.append(f"--{name.replace('_', '-')} {getattr(config, name)}")
+    for field in dataclasses.fields(TrainConfig):
+        if getattr(config.train, field.name) != getattr(default.train, field.name):
+            words.append(f"--train.{field.name.replace('_', '-')} {getattr(config.train, field.name)}")
+    return " ".join([*words, "--out runs/base"])
+
+
+def card(command: str, tokens: int, stream: int, documents: int, loss: float) -> str:
     """The model card."""
-    command = (__doc__ or "").split("Command: ")[1].split("\n")[0]
     return f"""---
 license: apache-2.0
 language: en
