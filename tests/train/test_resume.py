@@ -18,7 +18,7 @@ def start(directory: Path, *args: str) -> subprocess.Popen:
 
 def run(directory: Path, *args: str) -> tuple[int, str, str]:
     p = start(directory, *args)
-    out, err = p.communicate(timeout=300)
+    out, err = p.communicate(timeout=900)
     return p.returncode, out, err
 
 
@@ -55,7 +55,7 @@ def test_signals_save_and_exit_cleanly(tmp_path, number):
             break
         time.sleep(0.1)
     p.send_signal(number)
-    out, err = p.communicate(timeout=120)
+    out, err = p.communicate(timeout=600)
     assert p.returncode == 0, err
     status, step = out.split()[:2]
     assert status == "stopped" and "--resume" in out
