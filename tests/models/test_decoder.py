@@ -21,7 +21,7 @@ def loss(params, config, **options):
 
 
 @pytest.mark.parametrize("policy", ["full", "dots"])
-@pytest.mark.parametrize("name", ["llama", "gemma3", "mixed"])
+@pytest.mark.parametrize("name", ["gemma3", "mixed"])
 def test_remat_gives_the_same_gradients(policy, name):
     model = quantized(tiny(), MIXED, latent=True) if name == "mixed" else tiny(name)
     want, wanted = jax.value_and_grad(loss)(model.params, model.config)
@@ -62,7 +62,7 @@ def test_equal_layers_scan_and_the_odd_one_is_unrolled():
         assert jaxpr.count("= scan[") >= 1
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", ["llama3", "mistral", "qwen2", "gemma3", "bit"])
 def test_scan_equals_unrolled(name):
     model = tiny(name)
     scanned, _ = hidden_states(model.params, TOKENS, model.config)
@@ -90,7 +90,7 @@ def test_padding_at_the_left_changes_nothing():
         np.testing.assert_allclose(h[-len(row) :], want[0], atol=2e-4)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", ["gemma3", "bit"])
 def test_causal(name):
     model = tiny(name)
     changed = TOKENS.at[:, 9].set((TOKENS[:, 9] + 1) % 61)

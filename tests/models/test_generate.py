@@ -11,8 +11,7 @@ from tests.models.tiny import CONFIGS, quantized, tiny
 PROMPTS = [[1, 5, 9, 33, 20], [1], [1, 7, 60, 3, 12, 44, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20]]
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-@pytest.mark.parametrize("scan", [True, False])
+@pytest.mark.parametrize("name, scan", [(n, False) for n in CONFIGS] + [("llama", True), ("gemma3", True)])
 def test_cached_logits_equal_the_full_forward(name, scan):
     model = tiny(name)
     x = jnp.asarray(np.random.default_rng(0).integers(0, 61, (2, 20)), jnp.int32)
@@ -20,7 +19,7 @@ def test_cached_logits_equal_the_full_forward(name, scan):
     cache = init_cache(model.config, 2, 24)
     got = []
     advance = jax.jit(lambda c, t: hidden_states(model.params, t, model.config, cache=c, scan=scan))
-    for a, b in [(0, 7), (7, 8), (8, 9), (9, 14), (14, 20)]:
+    for a, b in [(0, 6), (6, 7), (7, 8), (8, 14), (14, 20)]:
         h, cache = advance(cache, x[:, a:b])
         got.append(head(model.params, h, model.config))
     assert int(cache.length) == 20
@@ -36,7 +35,7 @@ def naive(model, prompt, n):
     return ids[len(prompt) :]
 
 
-@pytest.mark.parametrize("name", ["llama", "mistral", "gemma3"])
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
 def test_ragged_batch_equals_one_by_one_equals_no_cache(name):
     model = tiny(name)
     together = g.generate(model, PROMPTS, 10, stop_at_eos=False)
