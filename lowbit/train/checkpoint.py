@@ -109,6 +109,11 @@ class Checkpoints:
         except FAILURES as e:
             raise InputError(f"checkpoint {step} in {self.directory} cannot be read: {_line(e)}") from e
 
+    def best(self) -> tuple[int, float] | None:
+        """Step and metric of the checkpoint with the lowest metric, None if none has one. Raises `InputError`."""
+        scored = [(m.metric, m.step) for m in map(self.meta, self.steps()) if m.metric is not None]
+        return min(scored)[::-1] if scored else None
+
     def restore(self, step: int, params: Mapping[str, Any], opt: Any = None) -> tuple[Flat, Any]:
         """Arrays for templates of `ShapeDtypeStruct`s with shardings; without `opt` only the parameters are read."""
         items = {"params": ocp.args.StandardRestore(dict(params))}
@@ -152,8 +157,8 @@ def load(directory: str | Path, step: int | None = None, best: bool = False) -> 
         if not steps or (step is not None and step not in steps):
             raise InputError(f"no checkpoint {'' if step is None else step} in {directory} (there are: {steps})")
         if best:
-            scored = [m for m in map(checkpoints.meta, steps) if m.metric is not None]
-            step = min(scored, key=lambda m: float(m.metric or 0.0)).step if scored else steps[-1]
+            found = checkpoints.best()
+            step = found[0] if found else steps[-1]
         meta = checkpoints.meta(steps[-1] if step is None else step)
         device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         template = {n: jax.ShapeDtypeStruct(s, d, sharding=device) for n, (s, d) in meta.arrays.items()}

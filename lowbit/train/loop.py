@@ -32,7 +32,7 @@ Record = dict[str, int | float]
 
 
 class TrainingDiverged(InputError):
-    """The loss or the gradient is no longer finite. No checkpoint was overwritten."""
+    """A loss, gradient or parameter is no longer finite. No checkpoint was overwritten, nor one of these written."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +45,7 @@ class Result:
     message: str
     history: list[Record]  # what was logged by this process
     whole: tuple[str, ...] = ()  # parameters that the mesh could not split
+    best: tuple[int, float] | None = None  # step and evaluation of the best checkpoint
 
 
 def train(
@@ -60,6 +61,7 @@ def train(
     on_metrics: Callable[[Record], None] | None = None,
     on_resume: Callable[[int], None] | None = None,
     evaluate: Callable[[Tree], float] | None = None,
+    on_evaluate: Callable[[int, float], None] | None = None,
 ) -> Result:
     """Trains `params` for `config.steps` steps on `batch(0), batch(1), ...`.
 
@@ -75,9 +77,10 @@ def train(
         `step` counts finished updates, `loss` is the mean in nats per token of that step.
       on_resume: gets the step from which training continues, so that later records can be dropped.
       evaluate: a number to minimise, computed at each save; the best checkpoint is kept too.
+      on_evaluate: gets the step and that number.
 
     Raises:
-      TrainingDiverged: on a loss or gradient norm that is not finite.
+      TrainingDiverged: on a loss, gradient norm or parameter that is not finite, before it could be saved.
       InputError: on anything that cannot be: a full disk, another configuration, a mesh that does not fit.
     """
     setup = prepare(params, objective, config, teacher)
@@ -97,19 +100,31 @@ def train(
             on_resume(start)
 
         def save(step: int) -> None:
+            """Keeps the parameters after `step` updates, once they have given a finite loss themselves: the loss of
+            that step was of those before the update."""
             if checkpoints is None or step in checkpoints.steps():
                 return
+            loss = float(setup.probe(learned, frozen, setup.teacher, rows))
+            if not math.isfinite(loss):
+                raise TrainingDiverged(_diverged(step, f"loss after the update is {loss:g}", checkpoints))
             everything = learned | frozen
             metric = None if evaluate is None else float(evaluate(unflatten(everything, setup.layout)))
+            if metric is not None and not math.isfinite(metric):
+                raise TrainingDiverged(_diverged(step, f"evaluation is {metric:g}", checkpoints))
+            if metric is not None and on_evaluate is not None:
+                on_evaluate(step, metric)
             arrays = checkpoint.describe(everything)
             checkpoints.save(everything, opt, Meta(step, setup.layout, identity, arrays, metric))
 
         def log(step: int, metrics: dict[str, Array], clock: _Clock) -> None:
-            """Waits for step number `step`, stops on a loss that is not finite, and reports every `log_every`."""
+            """Waits for step number `step`, stops on what is not finite, and reports every `log_every`."""
             loss, norm = float(metrics["loss"]), float(metrics["grad_norm"])
             clock.tokens += (tokens := int(metrics["tokens"]))
-            if not (math.isfinite(loss) and math.isfinite(norm)):
-                raise TrainingDiverged(_diverged(step, loss, norm, checkpoints))
+            for name, value in (("loss", loss), ("gradient norm", norm)):
+                if not math.isfinite(value):
+                    raise TrainingDiverged(_diverged(step, f"{name} is {value:g}", checkpoints))
+            if not bool(metrics["finite"]):
+                raise TrainingDiverged(_diverged(step, "the update gave parameters that are not finite", checkpoints))
             if step % config.log_every == 0 or step in (1, config.steps):
                 record = {"step": step, "loss": loss, "lr": float(metrics["lr"]), "grad_norm": norm}
                 history.append(record | {"tokens": tokens, "tokens_per_second": clock.rate()})
@@ -135,13 +150,15 @@ def train(
             log(*waiting, clock)
         if step > start:
             save(step)
+        best = None
         if checkpoints is not None:
             checkpoints.wait()
+            best = checkpoints.best()
         stopped = step < config.steps
     final = unflatten(learned | frozen, setup.layout)
     kept = f"saved in {checkpoints.directory}, continue with --resume" if checkpoints else "nothing was saved"
     message = f"stopped after step {step} of {config.steps}: {kept}" if stopped else f"finished {step} steps"
-    return Result(final, step, "stopped" if stopped else "finished", message, history, setup.sharding.whole)
+    return Result(final, step, "stopped" if stopped else "finished", message, history, setup.sharding.whole, best)
 
 
 def _latest(checkpoints: Checkpoints | None, resume: bool) -> int:
@@ -172,8 +189,7 @@ def _checked(batch: Mapping[str, Any], config: TrainConfig, step: int) -> Mappin
     return batch
 
 
-def _diverged(step: int, loss: float, norm: float, checkpoints: Checkpoints | None) -> str:
-    what = f"loss is {loss:g}" if not math.isfinite(loss) else f"gradient norm is {norm:g}"
+def _diverged(step: int, what: str, checkpoints: Checkpoints | None) -> str:
     if checkpoints is None:
         return f"training diverged: {what} at step {step} (there are no checkpoints)"
     checkpoints.wait()

@@ -33,6 +33,7 @@ class Setup:
     opt_sharding: Any
     init: Callable[[Flat], Any]  # optimizer state, jitted
     step: Callable[..., tuple[Flat, Any, dict[str, Array]]]  # jitted, donates learned and optimizer state
+    probe: Callable[[Flat, Flat, Flat, dict[str, Array]], Array]  # mean loss of parameters on a batch, jitted
 
 
 def prepare(params: Tree, objective: Objective, config: TrainConfig, teacher: Tree | None = None) -> Setup:
@@ -71,21 +72,29 @@ def build(
     opt_shape = jax.eval_shape(init, masters)
     opt_where = sharding.like(opt_shape, where)
 
-    def step(learned: Flat, opt: Any, frozen: Flat, goal: Flat, batch: dict[str, Array]) -> Any:
-        def total(learned: Flat, part: dict[str, Array]) -> tuple[Array, Array]:
-            return objective(unflatten(learned | frozen, layout), unflatten(goal, goal_layout) if goal else None, part)
+    def totals(frozen: Flat, goal: Flat) -> Callable[[Flat, dict[str, Array]], tuple[Array, Array]]:
+        teacher = unflatten(goal, goal_layout) if goal else None
+        return lambda learned, part: objective(unflatten(learned | frozen, layout), teacher, part)
 
-        loss, tokens, grads = accumulate(total, learned, batch, config.microbatches, mesh)
+    def step(learned: Flat, opt: Any, frozen: Flat, goal: Flat, batch: dict[str, Array]) -> Any:
+        loss, tokens, grads = accumulate(totals(frozen, goal), learned, batch, config.microbatches, mesh)
         lr = optimizer.schedule(config)(opt["step"])
         updates, state = tx.update(grads, opt["optax"], learned)
-        metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads), "tokens": tokens, "lr": lr}
-        return optax.apply_updates(learned, updates), {"step": opt["step"] + 1, "optax": state}, metrics
+        learned = optax.apply_updates(learned, updates)
+        finite = jnp.stack([jnp.isfinite(a).all() for a in learned.values()]).all()
+        metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads), "tokens": tokens, "lr": lr, "finite": finite}
+        return learned, {"step": opt["step"] + 1, "optax": state}, metrics
+
+    def probe(learned: Flat, frozen: Flat, goal: Flat, batch: dict[str, Array]) -> Array:
+        total = totals(frozen, goal)
+        parts = split(batch, config.microbatches, mesh)
+        loss, tokens = jax.lax.map(lambda part: total(learned, part), parts)
+        return loss.sum() / jnp.maximum(tokens.sum(), 1.0)
 
     outs = ({n: where.of(n) for n in learned}, opt_where, NamedSharding(mesh, PartitionSpec()))
     jitted = jax.jit(step, donate_argnums=(0, 1), out_shardings=outs)
-    return Setup(
-        learned, frozen, goal, layout, where, opt_shape, opt_where, jax.jit(init, out_shardings=opt_where), jitted
-    )
+    start = jax.jit(init, out_shardings=opt_where)
+    return Setup(learned, frozen, goal, layout, where, opt_shape, opt_where, start, jitted, jax.jit(probe))
 
 
 def accumulate(
@@ -103,10 +112,7 @@ def accumulate(
     if microbatches == 1:
         (loss, tokens), grads = grad(learned, batch)
     else:
-        # Row b * m + i goes to microbatch i, so that each device keeps its own rows.
-        spec = NamedSharding(mesh, PartitionSpec(None, sharding.BATCH))
-        parts = {n: rearrange(a, "(b m) ... -> m b ...", m=microbatches) for n, a in batch.items()}
-        parts = jax.lax.with_sharding_constraint(parts, spec)
+        parts = split(batch, microbatches, mesh)
 
         def add(carry: Any, part: dict[str, Array]) -> tuple[Any, None]:
             (loss, tokens), grads = grad(learned, part)
@@ -116,6 +122,16 @@ def accumulate(
         (loss, tokens, grads), _ = jax.lax.scan(add, zero, parts)
     n = jnp.maximum(tokens, 1.0)
     return loss / n, tokens, jax.tree.map(lambda g: g / n, grads)
+
+
+def split(batch: dict[str, Array], microbatches: int, mesh: Mesh) -> dict[str, Array]:
+    """Arrays `[B, ...]` as `[microbatches, B / microbatches, ...]`.
+
+    Row b * m + i goes to microbatch i, so that each device keeps its own rows.
+    """
+    spec = NamedSharding(mesh, PartitionSpec(None, sharding.BATCH))
+    parts = {n: rearrange(a, "(b m) ... -> m b ...", m=microbatches) for n, a in batch.items()}
+    return jax.lax.with_sharding_constraint(parts, spec)
 
 
 def abstract(tree: Any, shardings: Any) -> Any:

@@ -69,6 +69,31 @@ def test_divergence_names_the_step_and_the_last_good_checkpoint(tmp_path):
     assert meta.step == 4 and np.isfinite(loaded["a"]["w"]).all()
 
 
+@pytest.mark.parametrize(
+    ("lr", "what"), [(3e38, "parameters that are not finite"), (1e25, "loss after the update is inf")]
+)
+@pytest.mark.parametrize("save_every", [0, 1])
+def test_parameters_that_the_last_update_ruined_are_not_saved(tmp_path, lr, what, save_every):
+    """At 3e38 the parameters themselves overflow, at 1e25 only their loss does; the loss before was finite."""
+
+    def batch(step):
+        return {"x": np.full((4, 2), float(step == 2), np.float32)}
+
+    config = dataclasses.replace(
+        BASE, optimizer="sgd", b1=0.0, clip=0.0, lr=lr, schedule="constant", save_every=save_every
+    )
+    with pytest.raises(TrainingDiverged, match=f"{what} at step 3") as e:
+        train({"a": {"w": jnp.zeros(4)}}, batch, toy, config, directory=tmp_path)
+    assert ("last good checkpoint: step 2" if save_every else "last good checkpoint: none") in str(e.value)
+    assert sorted(p.name for p in tmp_path.iterdir()) == (["1", "2"] if save_every else [])
+
+
+def test_an_evaluation_that_is_not_finite_is_not_saved(tmp_path):
+    with pytest.raises(TrainingDiverged, match="evaluation is nan at step 3"):
+        train({"a": {"w": jnp.zeros(4)}}, ones, toy, BASE, directory=tmp_path, evaluate=lambda p: np.nan)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_an_infinite_gradient_is_divergence_too():
     def steep(params, teacher, batch):
         return jnp.sum(jnp.sqrt(params["a"]["w"] * jnp.mean(batch["x"]))), jnp.asarray(1.0)
@@ -80,7 +105,12 @@ def test_an_infinite_gradient_is_divergence_too():
 def test_latest_and_best_are_kept_and_best_can_be_loaded(tmp_path):
     scores = iter([3.0, 1.0, 2.0, 5.0, 4.0])
     config = dataclasses.replace(BASE, steps=5, save_every=1, keep=2)
-    train({"a": {"w": jnp.zeros(4)}}, ones, toy, config, directory=tmp_path, evaluate=lambda p: next(scores))
+    seen = []
+    result = train(
+        {"a": {"w": jnp.zeros(4)}}, ones, toy, config, directory=tmp_path,
+        evaluate=lambda p: next(scores), on_evaluate=lambda *at: seen.append(at),
+    )  # fmt: skip
+    assert seen == [(1, 3.0), (2, 1.0), (3, 2.0), (4, 5.0), (5, 4.0)] and result.best == (2, 1.0)
     assert sorted(int(p.name) for p in tmp_path.iterdir()) == [2, 4, 5]
     assert checkpoint.load(tmp_path)[1].step == 5
     best, meta = checkpoint.load(tmp_path, best=True)
