@@ -9,6 +9,7 @@ from lowbit.export.hf import export_hf
 from lowbit.export.open import open_model
 from lowbit.models.llama2c import save_llama2c
 from tests.export.small_models import byte_model, config, packed
+from tests.shared import ROOT
 
 TOKENS = np.arange(20)[None]
 
@@ -49,11 +50,21 @@ def test_a_run_directory_remembers_its_own_name(tmp_path):
     assert open_model(path).source == str(path)
 
 
+def test_the_package_s_own_model():
+    if not (ROOT / "lowbit" / "assets" / "lowbit-base" / "config.json").is_file():
+        pytest.skip("the package has no base model")
+    m = open_model("lowbit-base")
+    assert m.tokenizer.vocab_size <= m.config.vocab_size
+
+
 def test_refusals(tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "notes.txt").write_text("hello")
     (tmp_path / "x.gguf").write_text("hello")
     (tmp_path / "lonely.safetensors").write_bytes(b"")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/run.json").write_text("{}")
+    (tmp_path / "run/config.json").write_text("{}")
     for source, message in [
         (tmp_path / "absent", "no model '.*absent' .allowed: a folder with config.json"),
         (tmp_path / "empty", "is no model: it has no config.json and no model/ .it holds nothing"),
@@ -61,6 +72,7 @@ def test_refusals(tmp_path):
         (tmp_path / "x.gguf", "is no GGUF file"),
         (tmp_path / "lonely.safetensors", "is no model: it has no config.json"),
         ("no-such-model", "no model 'no-such-model'"),
+        (tmp_path / "run", "run directory .*run has no finished model, .* continues it with --resume"),
     ]:
         with pytest.raises(InputError, match=message) as e:
             open_model(source)
