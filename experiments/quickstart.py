@@ -215,7 +215,7 @@ def split(data: Data, base: Model, documents: list[str]) -> tuple[list[str], lis
         seen = set(hashes.overlap(documents))
         removed = len(seen)
         documents = [d for i, d in enumerate(documents) if i not in seen]
-    parts = contamination.split(documents, data.held_out)
+    parts = contamination.split(documents, data.held_out, salt="quickstart")
     if removed is not None:
         hashes.assert_disjoint(parts.held_out)
     contamination.Contamination.of(parts.train).assert_disjoint(parts.held_out)

@@ -73,17 +73,23 @@ class Split:
 
 
 def split(
-    documents: Iterable[str], held_out: float = 0.05, threshold: float = 0.5, keep_every: int = KEEP_EVERY
+    documents: Iterable[str],
+    held_out: float = 0.05,
+    threshold: float = 0.5,
+    keep_every: int = KEEP_EVERY,
+    salt: str = "",
 ) -> Split:
     """Splits by content hash: the same document is on the same side in every run, whatever lies around it.
 
     About `held_out` of the deduplicated documents are candidates to be held out; those that share any sampled 13-gram
-    with training text (licence headers, copied code) are dropped. Raises `InputError` if a side stays empty.
+    with training text (licence headers, copied code) are dropped. What one split held out is split again by another
+    `salt`. Raises `InputError` if a side stays empty.
     """
     if not 0 < held_out < 1:
         raise InputError(f"held_out = {held_out} (allowed: between 0 and 1)")
     kept = deduplicate(documents, threshold, keep_every)
-    chosen = [int(document_hash(d)[:16], 16) < held_out * 2**64 for d in kept]
+    draws = [document_hash(salt + document_hash(d) if salt else d)[:16] for d in kept]
+    chosen = [int(draw, 16) < held_out * 2**64 for draw in draws]
     train = [d for d, c in zip(kept, chosen) if not c]
     candidates = [d for d, c in zip(kept, chosen) if c]
     overlapping = set(Contamination.of(train, keep_every).overlap(candidates))
