@@ -22,6 +22,7 @@ scale are exact products or single roundings in fp32, so no compiler contraction
 from __future__ import annotations
 
 import dataclasses
+import difflib
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, ClassVar
@@ -31,7 +32,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from lowbit.errors import InputError, unknown
+from lowbit.errors import InputError
 
 Params = dict[str, Array]
 
@@ -285,8 +286,19 @@ def get(name: str) -> Format:
     _load_all()
     family, *keys = str(name).strip().lower().split(":")
     if family not in _FAMILIES:
-        raise FormatError(str(unknown("format", name, _FAMILIES)))
+        raise FormatError(_suggest(name, family, keys))
     return _FAMILIES[family](keys)
+
+
+def _suggest(name: str, family: str, keys: list[str]) -> str:
+    """The message of an unknown name: what was misspelt is most often the family, so the keys stay."""
+    hint = ""
+    if near := difflib.get_close_matches(family, sorted(_FAMILIES), n=1):
+        try:
+            hint = f"; did you mean {_FAMILIES[near[0]](keys).name!r}?"
+        except FormatError:
+            hint = f"; did you mean {near[0]!r}?"
+    return f"unknown format {name!r}{hint} (allowed: {', '.join(sorted(_FAMILIES))})"
 
 
 def names() -> list[str]:
