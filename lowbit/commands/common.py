@@ -79,8 +79,12 @@ def check_writable(path: Path) -> None:
 
 
 def folder_of(source: str) -> Path | None:
-    """The folder of a model in Hugging Face layout (a run directory's is `model/`); None for any other source."""
-    for folder in (Path(source) / "model", Path(source)):
+    """The folder of a model in Hugging Face layout (a run directory's is `model/`); None for any other source.
+
+    A run without a finished model has none, though it has a config.json: `load` says so.
+    """
+    unfinished = (Path(source) / "run.json").is_file()
+    for folder in (Path(source) / "model", Path(source))[: 1 if unfinished else 2]:
         if (folder / "config.json").is_file():
             return folder
     return None

@@ -36,6 +36,11 @@ def _folder(path: Path) -> Path:
     for candidate in (path / "model", path):  # a run directory has a config.json too, of the run
         if (candidate / "config.json").is_file():
             return candidate
+        if (path / "run.json").is_file():  # its config.json is the run's, not a model's
+            raise InputError(
+                f"run directory {path} has no finished model, no model/config.json (allowed: a finished run; "
+                "the command that started it continues it with --resume)"
+            )
     found = ", ".join(sorted(p.name for p in path.iterdir())[:5]) or "nothing"
     raise InputError(f"{path} is no model: it has no config.json and no model/ (it holds {found}; allowed: {ACCEPTED})")
 
