@@ -2,7 +2,7 @@
 
 A site is a two-dimensional weight, named by its path (`model.layers.0.mlp.up_proj`), or the input of one, named
 `path:in`. A rule's regex must match a whole site and the first rule that matches wins. A pattern that ends in `:in`
-addresses inputs, any other addresses weights. The format `bf16` keeps a tensor as it is.
+addresses inputs, any other addresses weights. The format `bf16` keeps a tensor as it is, in the dtype that it came in.
 
     [[rule]]
     match = 'model\\.layers\\.(0|7)\\..*'
@@ -27,6 +27,7 @@ from lowbit.formats.base import Format
 from lowbit.formats.fake_quant import TokenInt
 
 KEEP = "bf16"
+KEPT = {"bfloat16": "bf16", "float16": "fp16", "float32": "f32"}  # how the table calls what is kept
 BLOCK_LINEARS = r"(?:.*\.)?layers\.\d+\..*"
 INPUT = ":in"
 
@@ -43,7 +44,8 @@ class Rule:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One line of the plan's table; `bytes` are stored bytes, `bits` are `8 * bytes / weights`."""
+    """One line of the plan's table; `bytes` are stored bytes, `bits` are `8 * bytes / weights`. What is `kept` is in
+    the dtype that it came in."""
 
     site: str
     shape: tuple[int, ...]
@@ -51,6 +53,7 @@ class Row:
     format: str
     bits: float
     bytes: int
+    kept: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,15 +92,22 @@ class Plan:
         """
         return {site: fmt for site, _, fmt in self._assign(shapes) if fmt is not None}
 
-    def table(self, shapes: Shapes) -> list[Row]:
-        """One row for every tensor and every quantized input, in model order. Nothing is computed on arrays."""
+    def table(self, shapes: Shapes, dtypes: Mapping[str, str] | None = None) -> list[Row]:
+        """One row for every tensor and every quantized input, in model order. Nothing is computed on arrays.
+
+        `dtypes` are those of the source by path (`float32`, ...), which kept tensors stay in; bfloat16 by default.
+        """
         assigned = {site: (rule, fmt) for site, rule, fmt in self._assign(shapes)}
         rows = []
         for path, shape in shapes.items():
             rule, fmt = assigned.get(path, ("-", None))
-            nbytes = 2 * math.prod(shape) if fmt is None else encoded_bytes(fmt, tuple(shape))
+            if fmt is None:
+                dtype = (dtypes or {}).get(path, "bfloat16")
+                name, nbytes = KEPT[dtype], jnp.dtype(dtype).itemsize * math.prod(shape)
+            else:
+                name, nbytes = fmt.name, encoded_bytes(fmt, tuple(shape))
             bits = 8 * nbytes / math.prod(shape)
-            rows.append(Row(path, tuple(shape), rule, KEEP if fmt is None else fmt.name, bits, nbytes))
+            rows.append(Row(path, tuple(shape), rule, name, bits, nbytes, fmt is None))
             if path + INPUT in assigned and (act := assigned[path + INPUT])[1] is not None:
                 rows.append(Row(path + INPUT, (shape[1],), act[0], act[1].name, 0.0, 0))
         return rows
@@ -147,7 +157,7 @@ class Plan:
 def total(rows: Sequence[Row]) -> tuple[int, float, float]:
     """`(bytes, bits per weight of the model, bits per weight of the quantized tensors)`, the last 0 if none are."""
     weights = [r for r in rows if not r.site.endswith(INPUT)]
-    quantized = [r for r in weights if r.format != KEEP]
+    quantized = [r for r in weights if not r.kept]
     nbytes = sum(r.bytes for r in weights)
     n, nq = sum(math.prod(r.shape) for r in weights), sum(math.prod(r.shape) for r in quantized)
     return nbytes, 8 * nbytes / n if n else 0.0, 8 * sum(r.bytes for r in quantized) / nq if nq else 0.0

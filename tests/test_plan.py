@@ -116,5 +116,10 @@ def test_table_counts_every_tensor():
     assert nbytes == kept * 2 + linears * 5 // 8
     assert bits == 8 * nbytes / CONFIG.num_params
     assert quantized == 5.0
+    assert {r.format for r in rows if r.kept} == {"bf16"}
+    wide = Plan((Rule(r"model\.embed_tokens", "bf16"),), "int4:g16").table(SHAPES, dict.fromkeys(SHAPES, "float32"))
+    assert {r.format for r in wide if r.kept} == {"f32"} and total(wide) == (
+        nbytes + kept * 2, 8 * (nbytes + kept * 2) / CONFIG.num_params, 5.0
+    )  # fmt: skip
     text = render(rows)
     assert "layers.{0-2}.self_attn.q_proj" in text and f"total {nbytes} bytes" in text

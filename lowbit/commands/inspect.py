@@ -80,7 +80,7 @@ def _cell(key: str, value: Any) -> str:
 class Estimate:
     """Size of a quantization, the layer table and memory, before doing it. Nothing is quantized.
 
-    Packed tensors are counted exactly; tensors that stay as they are count as bf16.
+    Packed tensors are counted exactly, and so are those that stay as they are, in the dtype that they came in.
     """
 
     model: Model
@@ -96,9 +96,9 @@ class Estimate:
         from lowbit import plan as plans
 
         plan = make_plan(self.format, self.rules)
-        config = read_config(self.model)
+        config, params = read_abstract(self.model)
         shapes = config.shapes()
-        table = plan.table(shapes)
+        table = plan.table(shapes, kept_dtypes(params))
         nbytes, bits, quantized = plans.total(table)
         weights = [math.prod(s) for s in shapes.values()]
         memory = {
@@ -131,12 +131,42 @@ def make_plan(format: str | None, rules: Any) -> Any:
     return Plan.load(rules, format) if rules is not None else Plan.uniform(str(format))
 
 
-def read_config(source: str) -> Any:
-    """A model's configuration; the weights are read only where there is no other way."""
-    from lowbit.models.hf import load_config
+def read_abstract(source: str) -> tuple[Any, Any]:
+    """A model's configuration and its parameters as `ShapeDtypeStruct`s, in the dtypes that are stored.
+
+    The weights of a plain folder are not read, only their headers; a folder that has none yet gets the dtype that its
+    config.json names, else bfloat16. Anything else is read whole.
+    """
+    import jax
+    import jax.numpy as jnp
+
+    from lowbit import tree as trees
+    from lowbit.models.hf import FLOATS, load_config, stored_kinds
+    from lowbit.models.shards import read_json
 
     folder = folder_of(source)
-    return load(source).config if folder is None else load_config(folder)
+    if folder is not None:
+        config = load_config(folder)
+        if any(folder.glob("*.safetensors")):
+            kinds = stored_kinds(folder)
+        else:
+            raw = read_json(folder / "config.json")
+            dtype = raw.get("dtype") or raw.get("torch_dtype")
+            kinds = dict.fromkeys(config.shapes(), dtype if dtype in FLOATS else "bfloat16")
+        if all(isinstance(kind, str) and kind in FLOATS for kind in kinds.values()):
+            leaves = {p: jax.ShapeDtypeStruct(s, jnp.dtype(kinds[p])) for p, s in config.shapes().items()}
+            return config, trees.build(leaves)
+    model = load(source)
+    return model.config, jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), model.params)
+
+
+def kept_dtypes(params: Any) -> dict[str, str]:
+    """`{path: dtype}` of the parameters that are not packed."""
+    from lowbit import tree as trees
+    from lowbit.formats.fake_quant import QuantizedInput
+
+    plain = {p: a.w if isinstance(a, QuantizedInput) else a for p, a in trees.items(params)}
+    return {p: str(a.dtype) for p, a in plain.items() if hasattr(a, "ndim")}
 
 
 @dataclasses.dataclass(frozen=True)

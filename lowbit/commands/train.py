@@ -1,6 +1,7 @@
 """`lowbit train`: quantization-aware training of a model on a text."""
 
 import dataclasses
+import sys
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,7 +21,7 @@ from lowbit.commands.common import (
     number,
     result,
 )
-from lowbit.commands.inspect import make_plan, read_config
+from lowbit.commands.inspect import kept_dtypes, make_plan, read_abstract
 from lowbit.errors import InputError
 from lowbit.train.config import OPERATIONAL, TrainConfig
 
@@ -30,6 +31,8 @@ DEFAULTS = TrainConfig(loss="kl", lr=3e-4, warmup=0)
 @dataclasses.dataclass(frozen=True)
 class Train:
     """Quantization-aware training. The result, packed, lies in OUT/model and is a MODEL for every other command.
+
+    OUT/model has the weights of the last step; OUT/checkpoints has the latest ones and, with --eval-text, the best.
 
     SIGTERM or Ctrl-C saves a checkpoint and stops; the same command with --resume goes on, to the same bits.
     """
@@ -52,6 +55,8 @@ class Train:
     """Tokens of one training row."""
     field: str = "text"
     """Field of a .jsonl line that holds the text."""
+    eval_text: WordPath = None
+    """Held-out text: its loss is reported at each save, and the best checkpoint is kept besides the latest."""
     train: tyro.conf.OmitArgPrefixes[TrainConfig] = DEFAULTS
     resume: Flag = False
     """Continue the run in --out."""
@@ -80,6 +85,7 @@ class Train:
             return self.plan(plan, recipe, train)
         text = read_text(self.text, self.field)
         documents = [text] if isinstance(text, str) else text
+        held_out = None if self.eval_text is None else read_text(self.eval_text, self.field)
         saved = self.saved(plan, train)
         may_differ = tuple(f"train.{k}" for k in OPERATIONAL) + (
             ("train.steps",) if train.schedule == "constant" else ()
@@ -89,7 +95,7 @@ class Train:
         else:
             check_new(self.out)
             check_writable(self.out)
-        job = prepare(self, plan, recipe, train, documents)
+        job = prepare(self, plan, recipe, train, documents, held_out)
         with Run.open(
             self.out,
             saved,
@@ -115,21 +121,25 @@ class Train:
         import jax.numpy as jnp
 
         from lowbit import plan as plans
-        from lowbit.models import decoder
         from lowbit.train import memory
         from lowbit.train.objective import language
 
-        config = read_config(self.model)
+        def zeros(like: Any) -> Any:
+            return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), like)
+
+        config, params = read_abstract(self.model)
         shapes = config.shapes()
-        table, assignment = plan.table(shapes), plan.resolve(shapes)
-        teacher = None if train.loss == "ce" else config if self.teacher is None else read_config(self.teacher)
+        table, assignment = plan.table(shapes, kept_dtypes(params)), plan.resolve(shapes)
+        teacher, target = None, None
+        if train.loss != "ce":
+            teacher, target = (config, params) if self.teacher is None else read_abstract(self.teacher)
         objective = language(config, train, teacher)
 
         def student() -> Any:
-            return recipe.prepare(decoder.init_params(config, jax.random.key(0)), assignment)
+            return recipe.prepare(zeros(params), assignment)
 
         def frozen() -> Any:
-            return decoder.init_params(teacher, jax.random.key(0))
+            return zeros(target)
 
         batch = {k: ((train.batch_size, self.seq + 1), jnp.int32) for k in ("tokens", "segments")}
         bytes_ = memory.estimate(student, batch, objective, train, None if teacher is None else frozen)
@@ -173,6 +183,14 @@ class Job:
     assignment: Any
     objective: Any
     documents: list[str]
+    held_out: Any = None  # `Windows` of --eval-text
+
+    def held_out_loss(self, params: Any) -> float:
+        """Nats per token of what would be written now, computed in float32 as lowbit eval does."""
+        from lowbit.evaluate.perplexity import token_scores
+
+        model = self.model.replace(params=as_it_came(params, self.model.params))
+        return float(token_scores(model, self.held_out)["nll"].mean(dtype="float64"))
 
     def run(self, run: Any) -> Result:
         from lowbit.data import rows as data_rows
@@ -191,6 +209,10 @@ class Job:
                 shown = {"loss": record["loss"], "lr": record["lr"], "tokens/s": record["tokens_per_second"]}
                 progress.update(record["step"], **shown)
 
+            def on_evaluate(step: int, loss: float) -> None:
+                run.log(step, held_out_loss=loss)
+                print(f"train {step}/{self.train.steps}  held-out loss {loss:.4g}", file=sys.stderr)
+
             def on_resume(step: int) -> None:
                 run.rewind(step)
                 progress.resume(step)
@@ -206,24 +228,53 @@ class Job:
                 fingerprint={"rows": dataclasses.asdict(rows.manifest)},
                 on_metrics=on_metrics,
                 on_resume=on_resume,
+                evaluate=None if self.held_out is None else self.held_out_loss,
+                on_evaluate=on_evaluate,
             )
         data = {"out": str(run.dir), "model": o.model, "status": done.status, "step": done.step, "rows": len(rows)}
+        if done.whole:
+            data["not_split"] = list(done.whole)
+        if done.best is not None:
+            data |= {"best_step": done.best[0], "best_held_out_loss": done.best[1]}
         if done.status == "finished":
-            trained = self.model.replace(params=self.recipe.convert(done.params))
-            # What is not quantized leaves in the dtype that it came in.
-            save_hf(
-                trained, run.path("model"), dtype=str(self.model.params["model"]["embed_tokens"].dtype), packed=True
-            )
+            trained = self.model.replace(params=as_it_came(self.recipe.convert(done.params), self.model.params))
+            save_hf(trained, run.path("model"), dtype=None, packed=True)
             data |= {"saved": str(run.path("model")), "file_bytes": file_bytes(run.path("model"))}
             data |= sizes(trained.params)
-        logged = run.metrics()
-        data |= {"loss": logged[-1]["loss"] if logged else None, "seconds": round(time.monotonic() - start, 3)}
+        losses = [m["loss"] for m in run.metrics() if "loss" in m]
+        data |= {"loss": losses[-1] if losses else None, "seconds": round(time.monotonic() - start, 3)}
         run.summary(**data)
-        return result(data, f"{lines(data)}\n{done.message}")
+        shown = data | ({"not_split": ", ".join(done.whole)} if done.whole else {})
+        return result(data, f"{lines(shown)}\n{done.message}")
 
 
-def prepare(options: Train, plan: Any, recipe: Any, train: TrainConfig, documents: list[str]) -> Job:
+def as_it_came(params: Any, source: Any) -> Any:
+    """`params` with what is not quantized in the dtype that `source` has it in: masters are float32."""
+    import jax
+
+    from lowbit import tree as trees
+    from lowbit.formats.fake_quant import QuantizedInput
+
+    dtypes = kept_dtypes(source)
+
+    def one(path: str, leaf: Any) -> Any:
+        if isinstance(leaf, QuantizedInput):
+            return dataclasses.replace(leaf, w=one(path, leaf.w))
+        return leaf.astype(dtypes[path]) if isinstance(leaf, jax.Array) else leaf
+
+    return trees.map_leaves(one, params)
+
+
+def prepare(
+    options: Train,
+    plan: Any,
+    recipe: Any,
+    train: TrainConfig,
+    documents: list[str],
+    held_out: str | list[str] | None = None,
+) -> Job:
     """Reads the models and checks everything, before the run directory exists."""
+    from lowbit.evaluate.perplexity import windows_of
     from lowbit.train import sharding
     from lowbit.train.objective import language
 
@@ -253,4 +304,5 @@ def prepare(options: Train, plan: Any, recipe: Any, train: TrainConfig, document
         raise InputError(
             f"text {options.text} has {number(tokens)} tokens (needed: at least {options.seq + 1}, one row of --seq)"
         )
-    return Job(options, model, teacher, recipe, train, assignment, objective, documents)
+    windows = None if held_out is None else windows_of(model, held_out, f"gptq-{options.seq}")
+    return Job(options, model, teacher, recipe, train, assignment, objective, documents, windows)

@@ -51,8 +51,8 @@ class TrainConfig:
     mesh: tuple[int, int, int] = (-1, 1, 1)  # devices along data, fsdp, tensor; one -1 takes what is left
 
     log_every: int = 10
-    save_every: int = 0  # also evaluates, if there is an evaluation; 0: only at the end
-    keep: int = 2  # latest checkpoints kept, besides the best one
+    save_every: int = 0  # also evaluates, if there is a held-out text; 0: only at the end
+    keep: int = 2  # latest checkpoints kept, besides the best one if there is a held-out text
 
     def __post_init__(self) -> None:
         """Raises `InputError` on a value that cannot be."""
