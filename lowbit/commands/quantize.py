@@ -13,7 +13,6 @@ from lowbit.commands.common import Flag, Model, Result, Word, WordPath, check_ou
 from lowbit.commands.inspect import make_plan
 from lowbit.errors import InputError, unknown
 
-SOLVERS = ("rtn",)
 TRANSFORMS = ("none",)
 
 
@@ -45,20 +44,22 @@ class Quantize:
         from lowbit.evaluate.size import file_bytes, sizes
         from lowbit.experiment.progress import Progress
         from lowbit.models.hf import save_hf
-        from lowbit.ptq import rtn
+        from lowbit.ptq import base as solvers
 
-        if self.solver not in SOLVERS:
-            raise unknown("solver", self.solver, SOLVERS)
+        solver = solvers.get(self.solver)
         if self.transform not in TRANSFORMS:
             raise unknown("transform", self.transform, TRANSFORMS)
         plan = make_plan(self.format, self.rules)
         check_output(self.out, self.force)
-        if self.calib is not None:
-            read_text(self.calib)
+        text = None if self.calib is None else read_text(self.calib)
+        documents = [text] if isinstance(text, str) else text
+        if solver.calibrates and documents is None:
+            raise InputError(f"solver {self.solver} without --calib (allowed: a calibration text)")
+        if documents is not None and not solver.calibrates:
             print(f"lowbit: note: solver {self.solver} uses no data; --calib {self.calib} is not used", file=sys.stderr)
         start = time.monotonic()
         folder = folder_of(self.model)
-        if folder is not None:
+        if folder is not None and solver.quantize_dir is not None:
             partial = self.out.with_name(f".{self.out.name}.partial")
             bars: list[Progress] = []
 
@@ -68,7 +69,7 @@ class Quantize:
                 bars[0].update(done)
 
             try:
-                rtn.quantize_dir(folder, plan, self.out, on_block)
+                solver.quantize_dir(folder, plan, self.out, on_block)
             except InputError as e:
                 if not isinstance(e.__cause__, OSError):  # a full disk can be resumed, bad input cannot
                     shutil.rmtree(partial, ignore_errors=True)
@@ -78,7 +79,7 @@ class Quantize:
                     bar.close()
         else:
             model = load(self.model)
-            params = rtn.quantize(model.params, plan.resolve(model.config.shapes()))
+            params = solver.quantize(model, plan.resolve(model.config.shapes()), documents)
             save_hf(model.replace(params=params), self.out, dtype=None, packed=True)
         data = {
             "model": self.model,
@@ -111,6 +112,7 @@ class Export:
     """Print one JSON object, and nothing else, on standard output."""
 
     def main(self) -> Result:
+        from lowbit.experiment.progress import Progress
         from lowbit.export.api import export, targets
 
         allowed = targets()
@@ -126,12 +128,10 @@ class Export:
             check_output(path, self.force)
         model = load(self.model)
         reports = []
-        for target, path in zip(self.to, paths):
-            reports.append(export(model, target, path, drop_activations=self.drop_activations))
-            print(
-                f"export {target}: {path}, {reports[-1]['bytes']:,} bytes, KL to memory {reports[-1]['kl_mean']:.2e}",
-                file=sys.stderr,
-            )
+        with Progress("export", len(paths), every=1) as progress:
+            for target, path in zip(self.to, paths):
+                reports.append(r := export(model, target, path, drop_activations=self.drop_activations))
+                progress.update(len(reports), to=target, path=path, bytes=r["bytes"], KL=r["kl_mean"])
         data = {"model": self.model, "exports": reports}
         if len(reports) == 1:
             data |= reports[0]

@@ -27,6 +27,7 @@ from lowbit.models import hf
 from lowbit.models.hf import HfWriter, iter_tensors, tensor_name
 from lowbit.models.shards import INDEX, ShardWriter, atomic_folder
 from lowbit.plan import INPUT, Plan
+from lowbit.ptq.base import Solver, register
 from lowbit.tree import Tree
 
 NO_LIMIT = 1 << 62
@@ -192,3 +193,6 @@ def _assemble(
     for name in hf.TOKENIZER_FILES:
         if (src / name).is_file():
             shutil.copyfile(src / name, tmp / name)
+
+
+register(Solver("rtn", lambda model, assignment, documents=None: quantize(model.params, assignment), quantize_dir))
