@@ -17,10 +17,11 @@ class Eval:
 
     model: Model
     """Folder, file, run directory or hub id."""
-    text: Annotated[Path, tyro.conf.arg(metavar="FILE")]
+    text: WordPath = None
     """UTF-8 text, .jsonl, or a folder of them."""
     against: Word = None
-    """A reference MODEL: adds KL divergence and same-top-1."""
+    """A reference MODEL, or a file that llama-perplexity --kl-divergence-base wrote, which holds its own text (then
+    without --text): adds KL divergence and same-top-1."""
     convention: Word = None
     """stories-256, gptq-N or llamacpp-N (default: gptq-N with the model's whole context, 4096 at most)."""
     self_noise: Flag = False
@@ -35,15 +36,81 @@ class Eval:
 
         if self.self_noise and self.against is None:
             raise InputError("--self-noise without --against (allowed: together with it)")
+        if is_kld(self.against):
+            return self.against_file()
+        if self.text is None:
+            raise InputError("no --text (allowed: a text, or a KL base file as --against)")
         text = read_text(self.text, self.field)
         model = load(self.model)
         reference = None if self.against is None else load(self.against)
         start = time.monotonic()
-        out = evaluate(model, text, reference, self.convention, self_noise=self.self_noise)
-        data = {"model": self.model, "text": str(self.text), "against": self.against, **out}
+        with Batches("eval") as batches:
+            out = evaluate(model, text, reference, self.convention, self_noise=self.self_noise, on_batch=batches.update)
+        return self.result(out, start)
+
+    def against_file(self) -> Result:
+        """Against a KL base file: its text, its windows."""
+        from lowbit.evaluate.kld_file import evaluate_against_kld
+
+        for name, value in (
+            ("text", self.text),
+            ("convention", self.convention),
+            ("self-noise", self.self_noise or None),
+        ):
+            if value is not None:
+                raise InputError(
+                    f"--{name} with the KL base file {self.against}, which says what is measured (allowed: without)"
+                )
+        model = load(self.model)
+        start = time.monotonic()
+        with Batches("eval") as batches:
+            out = evaluate_against_kld(model, str(self.against), on_batch=batches.update)
+        return self.result(out, start)
+
+    def result(self, out: dict[str, Any], start: float) -> Result:
+        text = None if self.text is None else str(self.text)
+        data = {"model": self.model, "text": text, "against": self.against, **out}
         data["seconds"] = round(time.monotonic() - start, 3)
         shown = {k: v for k, v in data.items() if not isinstance(v, dict)}
         return result(data, lines(shown | {f"self_noise {k}": v for k, v in data.get("self_noise", {}).items()}))
+
+
+class Batches:
+    """Progress over batches whose number is known with the first; use as a context manager."""
+
+    def __init__(self, label: str):
+        self.label = label
+        self.bar: Any = None
+
+    def update(self, done: int, total: int) -> None:
+        from lowbit.experiment.progress import Progress
+
+        if self.bar is not None and self.bar.total != total:
+            self.close()
+        if self.bar is None:
+            self.bar = Progress(self.label, total, pause=2.0)
+        self.bar.update(done)
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+
+    def __enter__(self) -> "Batches":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+
+def is_kld(source: str | None) -> bool:
+    """Whether `--against` is a KL base file: by its first bytes, or by its suffix (a damaged one is refused later)."""
+    from lowbit.evaluate.kld_file import MAGIC
+
+    if source is None or not Path(source).is_file():
+        return False
+    with open(source, "rb") as f:
+        return f.read(len(MAGIC)) == MAGIC or Path(source).suffix == ".kld"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,7 +20,7 @@ from jaxtyping import Array, Float
 
 from lowbit.errors import InputError
 from lowbit.evaluate.convention import Windows
-from lowbit.evaluate.perplexity import summarise, windows_of
+from lowbit.evaluate.perplexity import OnBatch, summarise, windows_of
 from lowbit.files import atomic_path
 from lowbit.models.config import ModelConfig
 from lowbit.models.decoder import forward
@@ -121,9 +121,10 @@ def _against(
     }
 
 
-def evaluate_against_kld(model: Model, path: str | Path) -> dict[str, Any]:
+def evaluate_against_kld(model: Model, path: str | Path, on_batch: OnBatch | None = None) -> dict[str, Any]:
     """The dictionary of `evaluate` (convention `llamacpp-N`) with the file's text and reference, as llama-perplexity
-    computes it: BOS replaces the first token of each window if the tokenizer adds one.
+    computes it: BOS replaces the first token of each window if the tokenizer adds one. `on_batch(done, windows)`
+    follows the work.
 
     Raises `InputError` when the vocabulary differs or the windows are longer than the model's context.
     """
@@ -148,5 +149,7 @@ def evaluate_against_kld(model: Model, path: str | Path) -> dict[str, Any]:
         out = _against(model.params, jnp.asarray(row[None]), jnp.asarray(base.log_probs(c)), config, first)
         for key, value in out.items():
             kept.setdefault(key, []).append(np.asarray(value))
+        if on_batch is not None:
+            on_batch(c + 1, len(tokens))
     scores = {k: np.concatenate(v) for k, v in kept.items()}
     return summarise(scores, Windows(tokens, scored, f"llamacpp-{base.n_ctx}"), model)

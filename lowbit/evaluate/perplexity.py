@@ -5,7 +5,7 @@ time, so `[batch, positions, vocabulary]` never exists. Only a few numbers per s
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -24,6 +24,7 @@ from lowbit.models.model import Model
 from lowbit.tree import Tree
 
 BATCH = 8
+OnBatch = Callable[[int, int], None]  # batches done, batches
 _LOGIT_FLOATS = 1 << 24  # logits of one model that exist at once: 64 MiB
 PERCENTILES = {"kl_median": 50.0, "kl_p90": 90.0, "kl_p99": 99.0, "kl_p99_9": 99.9}
 
@@ -67,7 +68,12 @@ def _score(
 
 
 def token_scores(
-    model: Model, w: Windows, reference: Model | None = None, batch: int = BATCH, dtype: Any = jnp.float32
+    model: Model,
+    w: Windows,
+    reference: Model | None = None,
+    batch: int = BATCH,
+    dtype: Any = jnp.float32,
+    on_batch: OnBatch | None = None,
 ) -> dict[str, np.ndarray]:
     """Per scored token, in text order, float32: `nll`, and with a reference `kl` = KL(reference || model), `same_top1`.
 
@@ -76,10 +82,12 @@ def token_scores(
     both = [model] if reference is None else [model, reference]
     dtypes = (jnp.dtype(dtype), jnp.dtype(jnp.float32))[: len(both)]
     kept: dict[str, list[np.ndarray]] = {}
-    for rows, mask in _batches(w, batch):
+    for done, (rows, mask) in enumerate(_batches(w, batch), 1):
         scores = _score(tuple(m.params for m in both), jnp.asarray(rows), tuple(m.config for m in both), dtypes)
         for key, value in scores.items():
             kept.setdefault(key, []).append(np.asarray(value)[mask])
+        if on_batch is not None:
+            on_batch(done, -(-len(w.tokens) // batch))
     return {k: np.concatenate(v) for k, v in kept.items()}
 
 
@@ -100,6 +108,7 @@ def evaluate(
     batch: int = BATCH,
     dtype: Any = jnp.float32,
     self_noise: bool = False,
+    on_batch: OnBatch | None = None,
 ) -> dict[str, Any]:
     """Measures `model` on a text (or documents), and against `reference` if there is one.
 
@@ -109,6 +118,7 @@ def evaluate(
       dtype: compute dtype of `model`; the reference computes in float32.
       self_noise: adds `self_noise`, what the *reference* gets against itself when it computes in bfloat16: the floor
         below which a divergence says nothing.
+      on_batch: called with the batches done and their number, first for the model and then for the noise.
 
     Returns:
       `nats_per_token`, `perplexity`, `perplexity_stderr`, `convention`, `bits_per_byte` (total bits / bytes that the
@@ -125,10 +135,10 @@ def evaluate(
         raise InputError("self_noise without a reference (allowed: together with one)")
     if reference is not None:
         _check_reference(model, reference, w, text)
-    scores = token_scores(model, w, reference, batch, dtype)
+    scores = token_scores(model, w, reference, batch, dtype, on_batch)
     out = summarise(scores, w, model)
     if self_noise:
-        noise = token_scores(reference, w, reference, batch, jnp.bfloat16)
+        noise = token_scores(reference, w, reference, batch, jnp.bfloat16, on_batch)
         out["self_noise"] = summarise(noise, w, reference, sizes=False)
     return out
 
