@@ -1,14 +1,18 @@
 """The commands as scripts call them: JSON on standard output, progress on stderr, exit codes, resume."""
 
+import dataclasses
 import io
 import json
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
 import pytest
 
+from lowbit import tree as trees
 from lowbit import xla
 from lowbit.cli import VERBS, main
 from lowbit.data.tokenizer import ByteTokenizer
@@ -114,6 +118,24 @@ def test_calibration_text_is_not_silently_ignored(here, capsys):
     assert "--calib text.txt is not used" in capsys.readouterr().err
 
 
+def test_a_registered_solver_is_dispatched_and_gets_its_data(here, capsys, monkeypatch):
+    from lowbit.ptq import base, rtn
+
+    seen = []
+
+    def solve(model, assignment, documents=None):
+        seen.append((sorted(assignment)[0], documents))
+        return rtn.quantize(model.params, assignment)
+
+    monkeypatch.setitem(base._SOLVERS, "mine", base.Solver("mine", solve, calibrates=True))
+    argv = "quantize m --format int4:g8 --solver mine --out mine".split()
+    assert main(argv) == 2
+    assert "solver mine without --calib" in capsys.readouterr().err and not (here / "mine").exists()
+    out = run(capsys, *argv, "--calib", "text.txt")
+    assert out["solver"] == "mine" and out["bits_per_weight_quantized"] == 6.0
+    assert seen == [("model.layers.0.mlp.down_proj", [(here / "text.txt").read_text()])]
+
+
 def test_eval_against_the_model_itself(here, capsys):
     argv = "eval m --text text.txt --against m --convention gptq-32 --self-noise".split()
     out = run(capsys, *argv)
@@ -128,6 +150,26 @@ def test_eval_of_a_packed_model(here, packed, capsys):
     assert 0 < out["kl_mean"] < 1 and out["bits_per_weight_quantized"] == 6.0  # 4 bits and an fp16 scale for 8 weights
     assert main(f"eval {packed} --text text.txt --convention gptq-32".split()) == 0
     assert "perplexity" in capsys.readouterr().out
+
+
+def test_eval_against_a_kl_base_file(here, packed, capsys):
+    """The file says what is measured; the model that wrote it differs from it by its 16 bits alone."""
+    from lowbit.commands.common import load
+    from lowbit.evaluate.kld_file import evaluate_against_kld, write_kld
+
+    write_kld(load("m"), (here / "text.txt").read_text(), "base.kld", 32)
+    out = run(capsys, *f"eval {packed} --against base.kld".split())
+    assert out.keys() >= EVAL_KEYS and out["convention"] == "llamacpp-32" and out["text"] is None
+    assert out["kl_mean"] == evaluate_against_kld(load(packed), "base.kld")["kl_mean"] > 1e-6
+    same = run(capsys, *"eval m --against base.kld".split())
+    assert abs(same["kl_mean"]) < out["kl_mean"] and same["same_top1"] > 0.99
+
+
+def test_eval_and_export_show_progress(here, packed, capsys):
+    assert main(f"eval {packed} --text text.txt --convention gptq-32 --json".split()) == 0
+    assert "eval 7/7" in capsys.readouterr().err  # 54 windows, 8 a batch
+    assert main(f"export {packed} --to packed --out exports/shown --json".split()) == 0
+    assert "export 1/1  to packed  path exports/shown" in capsys.readouterr().err
 
 
 def test_compare_and_report(here, packed, capsys):
@@ -182,6 +224,35 @@ def test_dry_run_of_training_writes_nothing(here, capsys):
     assert not (here / "dry").exists()
 
 
+def test_the_plan_tells_the_bytes_of_what_is_written(here, capsys):
+    """A model with weights in float32 and norms in bfloat16, and a rule that keeps one linear."""
+    params = trees.map_leaves(
+        lambda p, a: a.astype("bfloat16") if a.ndim == 1 else a, init_params(CONFIG, jax.random.key(1))
+    )
+    save_hf(Model(CONFIG, params, ByteTokenizer()), here / "mixed", dtype=None)
+    (here / "keep.toml").write_text('[[rule]]\nmatch = ".*down_proj"\nformat = "bf16"\n')
+    options = "mixed --format int4:g8 --rules keep.toml".split()
+    estimate = run(capsys, "estimate", *options)
+    kinds = {t["site"]: t["format"] for t in estimate["tensors"]}
+    assert kinds["model.layers.0.mlp.down_proj"] == kinds["model.embed_tokens"] == "f32" != kinds["model.norm"]
+    quantized = run(capsys, "quantize", *options, "--out", "mixed-q")
+    argv = ["train", *options, *"--text text.txt --batch-size 2 --seq 16 --steps 1 --loss ce --out mixed-t".split()]
+    plan = run(capsys, *argv, "--dry-run")
+    trained = run(capsys, *argv)
+    assert estimate["bytes"] == quantized["stored_bytes"] == plan["bytes"] == trained["stored_bytes"]
+    dtypes = [{t["path"]: t["format"] for t in run(capsys, "inspect", m)["tensors"]} for m in ("mixed-q", "mixed-t")]
+    assert dtypes[0] == dtypes[1] and dtypes[0]["model.norm"] == "bfloat16"
+
+
+def test_dry_run_counts_the_teacher_as_it_is_stored(here, capsys):
+    """The arguments of a step: masters and two moments in float32, the teacher in bfloat16, two counters, the batch."""
+    out = run(capsys, *TRAIN, "--steps", "3", "--out", "dry", "--dry-run")
+    batch = 2 * 2 * 17 * 4
+    counters = out["per_device"]["optimizer"] - 8 * CONFIG.num_params
+    assert 0 < counters <= 32
+    assert out["per_device"]["arguments"] == (4 + 8 + 2) * CONFIG.num_params + counters + batch
+
+
 def test_train_resume_and_use(here, capsys):
     """Stopped after 2 of 4 steps and resumed, a run ends with the lines and the weights of one that was not stopped."""
     whole = run(capsys, *TRAIN, "--steps", "4", "--schedule", "constant", "--out", "whole")
@@ -197,6 +268,59 @@ def test_train_resume_and_use(here, capsys):
     assert 0 < out["kl_mean"] < 1 and out["file_bytes"] == whole["file_bytes"]
     info = json.loads((here / "parts/run.json").read_text())
     assert len(info["starts"]) == 2 and "--resume" in info["starts"][1]["command"]
+
+
+def test_held_out_loss_at_each_save_and_the_best_checkpoint(here, capsys):
+    """At this learning rate the loss of the text rises, so that the first checkpoint stays the best."""
+    argv = [*TRAIN, *"--steps 4 --save-every 1 --keep 1 --lr 0.3 --eval-text text.txt --out heldout".split()]
+    out = run(capsys, *argv)
+    seen = {m["step"]: m["held_out_loss"] for m in read_metrics("heldout/metrics.jsonl") if "held_out_loss" in m}
+    assert list(seen) == [1, 2, 3, 4] and len(set(seen.values())) == 4
+    assert out["best_step"] == min(seen, key=seen.get) < 4 and out["best_held_out_loss"] == min(seen.values())
+    kept = sorted(int(p.name) for p in (here / "heldout/checkpoints").iterdir())
+    assert kept == [out["best_step"], 4]
+    last = run(capsys, *"eval heldout --text text.txt --convention gptq-16".split())
+    assert last["nats_per_token"] == pytest.approx(seen[4], rel=1e-5)  # of the packed weights
+
+
+def test_parameters_that_the_mesh_could_not_split_are_reported(here, capsys, monkeypatch):
+    from lowbit.train import loop
+
+    whole = ("model.embed_tokens: 258 does not divide over 4 tensor devices",)
+    real = loop.train
+    monkeypatch.setattr(loop, "train", lambda *a, **k: dataclasses.replace(real(*a, **k), whole=whole))
+    assert run(capsys, *TRAIN, "--steps", "1", "--out", "unsplit")["not_split"] == list(whole)
+    assert json.loads((here / "unsplit/summary.json").read_text())["not_split"] == list(whole)
+
+
+@pytest.mark.slow
+def test_sigterm_saves_and_the_same_command_resumes(here, capsys):
+    """The real program: stopped after its first metrics, it exits with 0, and --resume gives what no stop gives."""
+    argv = [*TRAIN, *"--steps 400 --schedule constant --out".split()]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "lowbit", *argv, "killed"], cwd=here, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        waited = time.monotonic() + 300
+        while not read_metrics(here / "killed/metrics.jsonl"):
+            assert process.poll() is None and time.monotonic() < waited
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        err = process.communicate(timeout=120)[1]
+    finally:
+        process.kill()
+    assert process.returncode == 0, err
+    summary = json.loads((here / "killed/summary.json").read_text())
+    stopped = summary["step"]
+    assert summary["status"] == "stopped" and 0 < stopped < 400
+    assert [p.name for p in (here / "killed/checkpoints").iterdir()] == [str(stopped)]
+    assert main("eval killed --text text.txt".split()) == 2
+    assert "no finished model" in capsys.readouterr().err
+    argv[argv.index("400")] = str(stopped + 3)
+    whole, killed = run(capsys, *argv, "unkilled"), run(capsys, *argv, "killed", "--resume")
+    assert killed["status"] == "finished" and killed["step"] == stopped + 3 and killed["loss"] == whole["loss"]
+    weights = [(here / d / "model/model.safetensors").read_bytes() for d in ("unkilled", "killed")]
+    assert weights[0] == weights[1]
 
 
 @pytest.mark.slow
