@@ -84,7 +84,7 @@ class GGML(Uniform):
     def fit(self, w_OGK: Float[Array, "O G K"]) -> Params:
         match self.type:
             case "q8_0":
-                return {"scale": self.reduce(jnp.max, jnp.abs(w_OGK)) * np.float32(1 / 127)}
+                return {"scale": self.reduce(jnp.maximum, jnp.abs(w_OGK)) * np.float32(1 / 127)}
             case "q4_0":
                 return {"scale": signed_max(self, w_OGK) * np.float32(-1 / 8)}
             case "q2_0":
@@ -122,8 +122,8 @@ class Q4_1(Uniform):
         return (0, 15)
 
     def fit(self, w_OGK: Float[Array, "O G K"]) -> Params:
-        low = self.reduce(jnp.min, w_OGK)
-        span = self.reduce(jnp.max, w_OGK) - low
+        low = self.reduce(jnp.minimum, w_OGK)
+        span = self.reduce(jnp.maximum, w_OGK) - low
         return {"scale": span * np.float32(1 / 15), "min": round_to(low, "fp16")}
 
     def stored(self, params: Params) -> Params:
@@ -151,7 +151,7 @@ class Q4_1(Uniform):
         scale, low = (spread(stored[k], w_OI.shape) for k in ("scale", "min"))
         gw, gs, out = uniform_gradients(w_OI, scale, 0.0, self.levels, self.clip, g_OI, low)
         factor = self.grad_factor(w_OI.shape)
-        sums = {k: self.reduce(jnp.sum, self._blocks(g)) * factor for k, g in (("scale", gs), ("min", out))}
+        sums = {k: self.reduce(jnp.add, self._blocks(g)) * factor for k, g in (("scale", gs), ("min", out))}
         return gw, sums
 
     def affine(self, q: QTensor) -> Affine:

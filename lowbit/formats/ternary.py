@@ -41,8 +41,8 @@ class Ternary(Uniform):
 def ternary_scale(fmt: Uniform, w_OGK: Float[Array, "O G K"]) -> Float[Array, "R G"]:
     """Absmean over what shares a scale, or the one magnitude of weights that are ternary already."""
     size = jnp.abs(w_OGK)
-    top = fmt.reduce(jnp.max, size)
-    ternary = fmt.reduce(jnp.all, (size == 0) | (size == top[:, :, None]))
+    top = fmt.reduce(jnp.maximum, size)
+    ternary = fmt.reduce(jnp.logical_and, (size == 0) | (size == top[:, :, None]))
     return jnp.where(ternary, top, fmt.mean(size))
 
 

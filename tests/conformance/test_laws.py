@@ -443,7 +443,7 @@ def test_mesh():
         ("int9", r"unknown format 'int9'; did you mean 'int\d'\? \(allowed: .*int8.*"),
         ("itn4:g64", r"unknown format 'itn4:g64'"),
         ("q4_k", r"unknown format 'q4_k'; did you mean 'q4_\d'"),
-        ("int4:g0", r"unknown key of int4 'g0'; did you mean"),
+        ("int4:g0", r"unknown key of int4 'g0' .allowed: absmax, asym"),
         ("int4:g-3", r"unknown key of int4 'g-3'"),
         ("int4:", r"unknown key of int4 ''"),
         ("int4:chanel", r"unknown key of int4 'chanel'; did you mean 'channel'\? \(allowed: .*\)"),
