@@ -28,10 +28,10 @@ def get(tree: Mapping[str, Any], path: str) -> Any:
     for i, key in enumerate(parts):
         if not isinstance(node, Mapping):
             raise KeyError(path)
+        if ".".join(parts[i:]) in node:  # before its first part: a bias "q_proj.bias" lies beside the weight "q_proj"
+            return node[".".join(parts[i:])]
         if key in node:
             node = node[key]
-        elif ".".join(parts[i:]) in node:  # a bias leaf: "q_proj.bias"
-            return node[".".join(parts[i:])]
         else:
             raise KeyError(path)
     return node

@@ -16,8 +16,7 @@ import numpy as np
 from lowbit import tree as trees
 from lowbit.errors import InputError, unknown
 from lowbit.export.gguf import Overrides, expected, unwrap, write_gguf
-from lowbit.export.gguf_file import parse
-from lowbit.export.gguf_read import file_weights, read_gguf
+from lowbit.export.gguf_read import read_gguf
 from lowbit.export.gguf_types import FLOAT_DTYPES, TYPES, get
 from lowbit.export.hf import export_hf
 from lowbit.formats.base import QTensor
@@ -105,12 +104,21 @@ def size(path: str | Path) -> int:
 
 
 def _compare_gguf(model: Model, out: str | Path, types: dict[str, str], drop_activations: bool) -> int:
-    """Every weight of the file, decoded from its bytes by code that shares nothing with the formats, against memory."""
+    """Every weight of the file, read by code that shares nothing with the writer (`verify`), against memory."""
+    from lowbit.export import verify
+
     total = 0
-    for path, w in file_weights(parse(out), model.config):
-        leaf = unwrap(path, trees.get(model.params, path), drop_activations)
-        _same(path, w, expected(path, leaf, get(types[path]), model.config), out)
-        total += w.size
+    try:
+        for path, kind, w in verify.weights(out, types):
+            if kind != types[path]:
+                raise ExportMismatch(f"{out}: {path} has type {kind} (allowed: {types[path]}, as it was written)")
+            leaf = unwrap(path, trees.get(model.params, path), drop_activations)
+            _same(path, w, expected(path, leaf, get(kind), model.config), out)
+            total += w.size
+    except (ValueError, IndexError, KeyError) as e:
+        if isinstance(e, InputError):
+            raise
+        raise ExportMismatch(f"{out}: the gguf library cannot read it: {e} (allowed: a whole GGUF file)") from e
     return total
 
 

@@ -1,6 +1,6 @@
 """Parses the GGUF container (versions 2 and 3, little-endian): metadata and where each tensor lies.
 
-Independent of the writer: it is what an exported file is checked with. Every length is checked against the file before
+The file written by `gguf` is checked by `verify`, not with this. Every length is checked against the file before
 it is used, so a truncated or corrupt file gives one `InputError`.
 """
 

@@ -14,7 +14,7 @@ from lowbit.errors import InputError
 from lowbit.export import gguf_arch as arch
 from lowbit.export.gguf_file import GGUFFile, TensorInfo, parse
 from lowbit.export.gguf_tokenizer import read_tokenizer
-from lowbit.export.gguf_types import FLOAT_DTYPES, GGMLType, decode, unblock
+from lowbit.export.gguf_types import FLOAT_DTYPES, GGMLType, unblock
 from lowbit.formats import base as formats
 from lowbit.formats.base import QTensor
 from lowbit.models.model import Model
@@ -83,11 +83,3 @@ def _float(f: GGUFFile, name: str) -> np.ndarray:
     if info.type.quantized:
         raise InputError(f"{f.path}: {name} has type {info.type.name} (allowed: F32, F16, BF16)")
     return f.read(name).reshape(-1).view(FLOAT_DTYPES[info.type.name]).reshape(info.shape)
-
-
-def file_weights(f: GGUFFile, config: Any) -> Any:
-    """Yields `(path, float32 weights in our row order)` straight from the bytes, without any lowbit format."""
-    for path, name in arch.tensor_names(config).items():
-        info = f.tensors[name]
-        x = decode(info.type, f.read(name)) if info.type.quantized else _float(f, name).astype(np.float32)
-        yield path, arch.from_file_rows(x.reshape(info.shape), path, config)

@@ -166,15 +166,6 @@ def unblock(t: GGMLType, data: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.n
     return rearrange(levels, "r g b -> r (g b)"), _unhalf(d), None if m is None else _unhalf(m)
 
 
-def decode(t: GGMLType, data: np.ndarray) -> np.ndarray:
-    """float32 weights `[rows, columns]` of quantized rows."""
-    levels, d, m = unblock(t, data)
-    w = rearrange(levels.astype(np.float32), "r (g b) -> r g b", b=t.block) * d[..., None]
-    if m is not None:
-        w = w + m[..., None]
-    return rearrange(w, "r g b -> r (g b)")
-
-
 def _half(x: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(x, dtype="<f2")[..., None].view(np.uint8)
 

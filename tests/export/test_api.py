@@ -6,11 +6,13 @@ import pytest
 
 from lowbit import tree as trees
 from lowbit.errors import InputError
-from lowbit.export import api
+from lowbit.export import api, gguf_arch, gguf_types
 from lowbit.export.api import ExportMismatch, export
+from lowbit.export.gguf import write_gguf
 from lowbit.export.gguf_file import parse
+from lowbit.export.gguf_read import read_gguf
 from lowbit.formats.fake_quant import QuantizedInput, get_act
-from tests.export.small_models import byte_model, model, packed
+from tests.export.small_models import CASES, byte_model, model, packed
 
 
 def out(tmp_path, to):
@@ -73,6 +75,55 @@ def test_a_wrong_row_order_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setattr("lowbit.export.gguf.arch.to_file_rows", lambda x, path, c: x)
     with pytest.raises(ExportMismatch, match="q_proj differ"):
         export(m, "gguf:Q4_0", tmp_path / "m.gguf")
+
+
+def test_a_row_order_wrong_both_ways_is_an_error(tmp_path, monkeypatch):
+    """The comparison does not undo the writer's order with the reader's own inverse of it."""
+    m = packed(model(num_layers=1), "q4_0")
+    for way in ("to_file_rows", "from_file_rows"):
+        monkeypatch.setattr(gguf_arch, way, lambda x, path, c: x)
+    with pytest.raises(ExportMismatch, match="q_proj differ"):
+        export(m, "gguf:Q4_0", tmp_path / "m.gguf")
+
+
+@pytest.mark.parametrize("type", [n for n, t in gguf_types.TYPES.items() if t.quantized])
+def test_codes_wrong_both_ways_are_an_error(type, tmp_path, monkeypatch):
+    """A layout that packs and unpacks consistently, but not as ggml does: our own reader would not notice."""
+    m, (pack, unpack) = packed(model(num_layers=1), type.lower()), gguf_types._CODECS[type]
+    backwards = (lambda c: pack(c[..., ::-1]), lambda b: unpack(b)[..., ::-1])
+    monkeypatch.setitem(gguf_types._CODECS, type, backwards)
+    write_gguf(m, tmp_path / "m.gguf", type)
+    path = "model.layers.0.mlp.up_proj"
+    ours, wanted = (np.asarray(trees.get(x.params, path).decode()) for x in (read_gguf(tmp_path / "m.gguf"), m))
+    np.testing.assert_array_equal(ours, wanted)
+    with pytest.raises(ExportMismatch, match="proj differ"):
+        export(m, f"gguf:{type}", tmp_path / "m.gguf")
+
+
+def test_names_wrong_both_ways_are_an_error(tmp_path, monkeypatch):
+    monkeypatch.setitem(gguf_arch._LAYER, "mlp.gate_proj", "ffn_up")
+    monkeypatch.setitem(gguf_arch._LAYER, "mlp.up_proj", "ffn_gate")
+    with pytest.raises(ExportMismatch, match="gate_proj differ"):
+        export(model(num_layers=1), "gguf:F32", tmp_path / "m.gguf")
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_parameter_of_every_family_is_found(name, tmp_path):
+    m = model(name)
+    assert export(m, "gguf:F32", tmp_path / "m.gguf")["weights"] == m.config.num_params
+
+
+def test_a_file_that_the_library_cannot_read_is_an_error(tmp_path, monkeypatch):
+    write, path = api.write_gguf, tmp_path / "m.gguf"
+
+    def short(*args, **kwargs):
+        report = write(*args, **kwargs)
+        path.write_bytes(path.read_bytes()[:-5000])
+        return report
+
+    monkeypatch.setattr(api, "write_gguf", short)
+    with pytest.raises(ExportMismatch, match="library cannot read it"):
+        export(model(num_layers=1), "gguf:F32", path)
 
 
 def test_activation_formats(tmp_path):

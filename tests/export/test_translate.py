@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 
 from lowbit.export import translate
-from lowbit.export.gguf_types import TYPES, decode
+from lowbit.export.gguf_types import TYPES
 from lowbit.export.translate import Misfit
+from lowbit.export.verify import dequantize
 from lowbit.formats import base as formats
 from lowbit.formats.base import QTensor
 
@@ -35,7 +36,7 @@ def test_bytes_decode_to_the_trained_weights(format, type):
             q.decode(), {"scale": jnp.full((4, 16), 0.03125), "zero": jnp.full((4, 16), 128.0)}
         )
     data = translate.encode(translate.grid(q), TYPES[type])
-    np.testing.assert_array_equal(decode(TYPES[type], data), np.asarray(q.decode()))
+    np.testing.assert_array_equal(dequantize(type, data), np.asarray(q.decode()))
 
 
 def test_int2_is_written_upside_down():
@@ -68,7 +69,7 @@ def test_groups_smaller_than_a_block_fit_when_they_agree():
     fmt = formats.get("int4:g16")
     q = fmt.encode(encode("int4:g16").decode(), {"scale": jnp.full((4, 32), 0.5)})
     data = translate.encode(translate.grid(q), TYPES["Q4_0"])
-    np.testing.assert_array_equal(decode(TYPES["Q4_0"], data), np.asarray(q.decode()))
+    np.testing.assert_array_equal(dequantize("Q4_0", data), np.asarray(q.decode()))
 
 
 def test_rows_that_are_no_multiple():
