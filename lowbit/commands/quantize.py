@@ -104,6 +104,12 @@ class Export:
     """gguf, gguf:TYPE (F16, Q8_0, Q4_0, TQ2_0, ...), hf, hf:DTYPE or packed; repeat for several."""
     out: Annotated[Path, tyro.conf.arg(metavar="PATH")]
     """File (gguf) or folder (hf, packed); with several targets, a folder that gets one of each."""
+    override: Annotated[
+        tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="REGEX=TYPE", help_behavior_hint="")
+    ] = ()
+    """GGUF type of the tensors whose path the regex matches whole ('.*down_proj=F16'); repeat, the first match wins."""
+    embedding: Annotated[str | None, tyro.conf.arg(metavar="TYPE", help_behavior_hint="")] = None
+    """GGUF type of the embedding and the head."""
     drop_activations: Flag = False
     """Export a model with activation formats to a target that has none."""
     force: Flag = False
@@ -114,6 +120,7 @@ class Export:
     def main(self) -> Result:
         from lowbit.experiment.progress import Progress
         from lowbit.export.api import export, targets
+        from lowbit.export.gguf_types import get
 
         allowed = targets()
         for target in self.to:
@@ -123,6 +130,12 @@ class Export:
             raise InputError(f"export has 0 targets (allowed: --to with {', '.join(allowed)})")
         if len(set(map(canonical, self.to))) != len(self.to):
             raise InputError(f"export targets {', '.join(self.to)} (allowed: each once)")
+        others = [t for t in self.to if not canonical(t).startswith("gguf")]
+        if others and (self.override or self.embedding):
+            raise InputError(f"--override or --embedding with target {others[0]} (allowed: with gguf targets alone)")
+        overrides = [parse_override(text) for text in self.override]
+        embedding = self.embedding and get(self.embedding).name
+        options = {"overrides": overrides, "embedding": embedding, "drop_activations": self.drop_activations}
         paths = destinations(self.to, self.out, model_name(self.model))
         for path in paths:
             check_output(path, self.force)
@@ -130,13 +143,23 @@ class Export:
         reports = []
         with Progress("export", len(paths), every=1) as progress:
             for target, path in zip(self.to, paths):
-                reports.append(r := export(model, target, path, drop_activations=self.drop_activations))
+                reports.append(r := export(model, target, path, **options))
                 progress.update(len(reports), to=target, path=path, bytes=r["bytes"], KL=r["kl_mean"])
         data = {"model": self.model, "exports": reports}
         if len(reports) == 1:
             data |= reports[0]
         text = "\n\n".join(lines(readable(r)) for r in reports)
         return result(data, text)
+
+
+def parse_override(text: str) -> tuple[str, str]:
+    """The regex over paths and the GGUF type of a `REGEX=TYPE`; the last `=` divides them."""
+    from lowbit.export.gguf_types import get
+
+    regex, equals, kind = text.rpartition("=")
+    if not equals or not regex:
+        raise InputError(f"--override {text!r} (allowed: REGEX=TYPE, such as '.*down_proj=F16')")
+    return regex, get(kind).name
 
 
 def readable(report: dict[str, Any]) -> dict[str, Any]:

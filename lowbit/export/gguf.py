@@ -185,7 +185,7 @@ def _assign(
     """The type of every tensor; all that cannot be is raised in one error."""
     wanted = None if type.lower() == "auto" else get(type)
     top = None if embedding is None else get(embedding)
-    rules = [(re.compile(r), get(t)) for r, t in overrides]
+    rules = [(_regex(r), get(t)) for r, t in overrides]
     planned = any(s.format is not None for s in sources.values())
     used, out = set(), {}
     bad: dict[str, list[str]] = {}
@@ -218,6 +218,13 @@ def _assign(
         also = f"; {len(bad) - 1} more reasons for other tensors" if len(bad) > 1 else ""
         raise InputError(f"cannot write {', '.join(names[:3])}{more}: {why}{also}")
     return out
+
+
+def _regex(text: str) -> re.Pattern[str]:
+    try:
+        return re.compile(text)
+    except re.error as e:
+        raise InputError(f"override {text!r} is no regex: {e} (allowed: such as '.*down_proj')") from e
 
 
 def _resolve(path: str, s: Source, t: GGMLType | None, static: bool) -> GGMLType:
