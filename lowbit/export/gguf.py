@@ -101,7 +101,8 @@ def write_sources(
     static: bool = False,
 ) -> Report:
     """`write_gguf` from sources that are loaded one at a time. `static` picks `auto` types by format alone, where the
-    values are not at hand before they are written; one that does not fit then stops the writing, and no file is left.
+    values are not at hand before they are written. Rows that are no whole blocks are refused beforehand as ever;
+    levels or scales that do not fit stop the writing, and no file is left.
     """
     import gguf
 
@@ -236,18 +237,11 @@ def _resolve(path: str, s: Source, t: GGMLType | None, static: bool) -> GGMLType
             return TYPES[_KEEP[s.dtype]]
         if t.quantized and len(s.shape) == 1:
             raise translate.Misfit(f"one-dimensional tensors stay F32 (not {t.name})")
-        if t.quantized:
-            fits = [n for n, o in TYPES.items() if s.shape[1] % o.block == 0]
-            if t.name not in fits:
-                raise translate.Misfit(
-                    f"rows of {s.shape[1]} weights are no multiple of {t.name}'s block of {t.block} "
-                    f"(allowed: {', '.join(fits)})"
-                )
-        return t
+        return _whole_blocks(s, t)
     if t is not None and not t.quantized:
         return t
     if static:
-        return t or static_type(s.format, s.shape)
+        return _whole_blocks(s, t or static_type(s.format, s.shape))
     g = translate.grid(s.load())
     if g is None:
         raise translate.Misfit(f"format {s.format.name} has no integer levels (allowed: F32, or another format)")
@@ -261,6 +255,16 @@ def _resolve(path: str, s: Source, t: GGMLType | None, static: bool) -> GGMLType
         translate.fit(g, t)
     except translate.Misfit as e:
         raise translate.Misfit(f"{e} (allowed: {', '.join([*translate.exact_types(g), 'F32'])})") from e
+    return t
+
+
+def _whole_blocks(s: Source, t: GGMLType) -> GGMLType:
+    if s.shape[-1] % t.block:
+        fits = [n for n, o in TYPES.items() if s.shape[-1] % o.block == 0]
+        raise translate.Misfit(
+            f"rows of {s.shape[-1]} weights are no multiple of {t.name}'s block of {t.block} "
+            f"(allowed: {', '.join(fits)})"
+        )
     return t
 
 

@@ -25,8 +25,9 @@ def stream_gguf(
     """Writes the folder `src` (plain or packed) as GGUF, weights rounded to nearest by `plan` if there is one.
 
     In memory is one tensor, in float32 and as codes. As values are not known beforehand, `auto` takes the type that
-    the format usually fits (`gguf.static_type`); a tensor that does not fit stops the export, and no file is left.
-    Other arguments and errors as in `write_gguf`.
+    the format usually fits (`gguf.static_type`). Rows that are no whole blocks are refused before anything is loaded;
+    a tensor whose levels or scales do not fit stops the export, and no file is left. Other arguments and errors
+    as in `write_gguf`.
     """
     from lowbit.data.tokenizer import Tokenizer
 
