@@ -168,8 +168,8 @@ def test_eval_against_a_kl_base_file(here, packed, capsys):
 def test_eval_and_export_show_progress(here, packed, capsys):
     assert main(f"eval {packed} --text text.txt --convention gptq-32 --json".split()) == 0
     assert "eval 7/7" in capsys.readouterr().err  # 54 windows, 8 a batch
-    assert main(f"export {packed} --to packed --out exports/shown --json".split()) == 0
-    assert "export 1/1  to packed  path exports/shown" in capsys.readouterr().err
+    assert main(f"export {packed} --to packed --out shown --json".split()) == 0
+    assert "export 1/1  to packed  path shown" in capsys.readouterr().err
 
 
 def test_compare_and_report(here, packed, capsys):
