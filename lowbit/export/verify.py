@@ -16,9 +16,21 @@ Q2_0, Q2_0_WEIGHTS, Q2_0_BYTES = 42, 64, 18
 
 
 class Reader(gguf.GGUFReader):
-    """The library's reader, which leaves tensors of type Q2_0 in `q2_0` as bytes `[rows, row bytes]`."""
+    """The library's reader, which leaves tensors of type Q2_0 in `q2_0` as bytes `[rows, row bytes]` and steps over
+    lists of strings: of each string it would keep several arrays, half a GiB for a vocabulary of 128 thousand."""
 
-    def _build_tensors(self, start_offs: int, fields: list[Any]) -> None:
+    def _get_field_parts(self, orig_offs: Any, raw_type: Any) -> Any:
+        types = gguf.GGUFValueType.ARRAY, gguf.GGUFValueType.STRING
+        if raw_type != types[0] or self._get(orig_offs, np.uint32)[0] != types[1]:
+            return super()._get_field_parts(orig_offs, raw_type)
+        at, view = int(orig_offs) + 12, memoryview(self.data)
+        for _ in range(int(self._get(orig_offs + 4, np.uint64)[0])):
+            at += 8 + int.from_bytes(view[at : at + 8], "little")
+            if at > len(view):
+                raise ValueError(f"a list of strings at {orig_offs} that the file ends in")
+        return at - int(orig_offs), [], [], list(types)
+
+    def _build_tensors(self, start_offs: Any, fields: list[Any]) -> None:
         known = [f for f in fields if f.parts[4][0] != Q2_0]
         super()._build_tensors(start_offs, known)
         self.q2_0: dict[str, np.ndarray] = {}
