@@ -5,7 +5,7 @@ Purpose: 64 columns take blocks of 32 and 64, the MLP's 172 take none: `down_pro
 Command: lowbit run experiments/stories260k.py
 Device: 2 CPU cores; the model and TinyStories lie in the folder that LOWBIT_SHARED names (default ../shared)
 Expected time: 3 minutes on 2 CPU cores
-Expected numbers: KL mean of QAT below 1/3 of RTN at int2:g64 and ternary:g64
+Expected numbers: KL mean of RTN 3.6 at int2:g64, 3.3 at ternary:g64, 0.08 at q4_0; six steps of QAT halve the first two
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ class Config(quickstart.config):
     formats: tuple[str, ...] = ("q4_0", "int2:g64", "ternary:g64")
     keep: tuple[str, ...] = (r".*\.mlp\.down_proj",)
     data: Data = Data(path=SHARED / "corpora/tinystories/ts_val_decoded.txt")
-    opt: Opt = Opt(lr=3e-3, lr_high=3e-4, steps=48)
+    opt: Opt = Opt(lr=3e-3, lr_high=3e-4, steps=48, batch_size=8)
 
 
 run, dry_run = quickstart.run, quickstart.dry_run
