@@ -28,9 +28,9 @@ env: .venv/.done
 quickstart: env
 	$(BIN)/lowbit run experiments/quickstart.py $(ARGS)
 
-# In CI the longer checks and the real runtimes run too.
+# In CI the real runtimes run too; `make test-slow` runs the longer checks.
 ifdef CI
-test: test-default test-slow test-runtimes
+test: test-default test-runtimes
 else
 test: test-default
 endif
