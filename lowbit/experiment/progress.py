@@ -8,9 +8,7 @@ from typing import Any
 class Progress:
     """`update(step, loss=...)` as work goes on; use as a context manager. Standard output stays free for results."""
 
-    def __init__(
-        self, label: str, total: int, every: int | None = None, stream: Any = None, pause: float = 0.0
-    ):
+    def __init__(self, label: str, total: int, every: int | None = None, stream: Any = None, pause: float = 0.0):
         """`every`: steps between plain lines (default: a twentieth of `total`); `pause`: least seconds between them."""
         self.label, self.total, self.pause = label, max(total, 1), pause
         self.every = every or max(1, self.total // 20)
