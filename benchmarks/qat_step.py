@@ -6,8 +6,9 @@ of lowbit-base (llama, about 8M parameters); a step is the cross entropy, its gr
 a teacher. Weights only: int4, groups of 64 along the input. Ratios are to the same step without fake quantization.
 
 Ours runs layers under `scan`. qwix recognises weights by object identity, which a scan loses, so it runs the same
-forward pass unrolled behind an nnx module, and its ratio is to that module without qwix. `unrolled` gives ours with
-unrolled layers, to the plain step with unrolled layers.
+forward pass unrolled behind an nnx module, and its ratio is to that module without qwix (XLA fuses the softmax of the
+head differently there, which alone changes the plain step by several percent). `unrolled` gives ours with unrolled
+layers, to the plain step with unrolled layers.
 
     python benchmarks/qat_step.py [--quick] [--json]
 
