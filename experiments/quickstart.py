@@ -6,8 +6,8 @@ Purpose: the whole path on real input. From one checkpoint: fp, round-to-nearest
     the same rows instead, which shows what more training alone does.
 Command: lowbit run experiments/quickstart.py
 Device: 2 CPU cores (any accelerator works)
-Expected time: about 8 minutes on 2 idle CPU cores
-Expected numbers: KL mean from RTN to QAT: q4_0 0.011 to 0.007, int2:g64 0.27 to 0.13, tq2_0 1.7 to about 0.25
+Expected time: not yet measured on idle cores; meant to stay under 10 minutes on 2 CPU cores
+Expected numbers: KL mean 0.011 for RTN q4_0, 0.27 for RTN int2:g64 (QAT, measured at lr 5e-4: 0.13), 1.7 for RTN tq2_0
 """
 
 import dataclasses

@@ -5,7 +5,7 @@ Purpose: the package's default model. Small pretrained models have widths that K
     asserts that none of its evaluation text was in it.
 Command: lowbit run experiments/base/pretrain.py --texts MOBYDICK.txt TINYSHAKESPEARE.txt --out runs/base
 Device: 2 CPU cores (any accelerator works)
-Expected time: 40 minutes on 2 idle CPU cores
+Expected time: 85 minutes on 2 CPU cores shared with other work
 Expected numbers: 3.8 nats per token on the held-out text
 """
 
