@@ -174,9 +174,11 @@ def describe(params: Flat) -> dict[str, Any]:
 
 
 def _quiet() -> None:
-    """Orbax logs every save and every failed write with a traceback, and tensorstore calls back into event loops that a
-    failure has closed. Both also reach us as exceptions, which is where they are reported."""
+    """Orbax logs every save and every failed write with a traceback, leaves the other writes of a failed save unawaited
+    (asyncio logs each one), and tensorstore calls back into event loops that a failure has closed. All of them also
+    reach us as exceptions, which is where they are reported."""
     logging.getLogger("absl").setLevel(logging.CRITICAL)
+    logging.getLogger("asyncio").addFilter(_not_orbax)  # adding it twice changes nothing
     before = sys.unraisablehook
     if getattr(before, "_lowbit", False):
         return
@@ -187,6 +189,11 @@ def _quiet() -> None:
 
     hook._lowbit = True  # type: ignore[attr-defined]
     sys.unraisablehook = hook
+
+
+def _not_orbax(record: logging.LogRecord) -> bool:
+    message = record.getMessage()
+    return not ("never retrieved" in message and "orbax" in message)
 
 
 def _named(tree: Any) -> dict[str, Any]:
