@@ -39,6 +39,7 @@ from lowbit.formats import base
 from lowbit.formats.base import Latent
 from lowbit.models import decoder
 from lowbit.models.config import ModelConfig
+from lowbit.train.objective import cross_entropy
 
 CONFIG = ModelConfig(
     family="llama",
@@ -56,9 +57,8 @@ FORMAT = "int4:g64"
 OPTIMIZER = optax.adamw(1e-3)
 
 
-def cross_entropy(logits: jax.Array, tokens: jax.Array) -> jax.Array:
-    logp = jax.nn.log_softmax(logits[:, :-1])
-    return -jnp.mean(jnp.take_along_axis(logp, tokens[:, 1:, None], axis=-1))
+def mean_loss(logits: jax.Array, tokens: jax.Array) -> jax.Array:
+    return jnp.mean(cross_entropy(logits[:, :-1], tokens[:, 1:]))
 
 
 def make_step(loss):
@@ -84,7 +84,7 @@ def unrolled():
 
 
 def decoder_loss(params, tokens):
-    return cross_entropy(decoder.forward(params, tokens, CONFIG), tokens)
+    return mean_loss(decoder.forward(params, tokens, CONFIG), tokens)
 
 
 def latents(params):
@@ -137,7 +137,7 @@ def nnx_program(model: Model):
     graph, weights, rest = nnx.split(model, nnx.Param, ...)
 
     def loss(weights, tokens):
-        return cross_entropy(nnx.merge(graph, weights, rest)(tokens), tokens)
+        return mean_loss(nnx.merge(graph, weights, rest)(tokens), tokens)
 
     return loss, weights
 

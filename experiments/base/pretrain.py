@@ -42,7 +42,7 @@ class Config:
     keep_every: int = 32  # one in so many 13-grams is kept as training fingerprint
     seq_len: int = 512
     train: TrainConfig = TrainConfig(
-        steps=700,
+        steps=1200,
         batch_size=8,
         optimizer="muon",
         lr=5e-3,
