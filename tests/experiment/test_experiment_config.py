@@ -105,10 +105,10 @@ def test_two_experiments_with_one_name_do_not_mix(tmp_path):
 
 
 def test_every_experiment_of_the_repository_keeps_the_contract():
-    paths = sorted((Path(__file__).parents[2] / "experiments").glob("*.py"))
-    for path in paths:
+    root = Path(__file__).parents[2]
+    for path in sorted((root / "experiments").glob("**/*.py")):
         experiment = configs.load(path)
-        assert f"experiments/{path.name}" in experiment.doc["Command"]
+        assert path.relative_to(root).as_posix() in experiment.doc["Command"]
         config = experiment.config()
         assert configs.from_json(experiment.config, configs.to_json(config)) == config
 
