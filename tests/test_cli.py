@@ -270,6 +270,30 @@ def test_train_resume_and_use(here, capsys):
     assert len(info["starts"]) == 2 and "--resume" in info["starts"][1]["command"]
 
 
+def test_activation_formats_from_training_to_export(here, capsys):
+    """Inputs rounded in training are rounded in evaluation, by the packed export too; GGUF refuses unless told to."""
+    rules = '[[rule]]\nmatch = ".*proj"\nformat = "int4:g8"\n[[rule]]\nmatch = ".*proj:in"\nformat = "int4:token"\n'
+    (here / "in.toml").write_text(rules)
+    argv = "train m --text text.txt --rules in.toml --batch-size 2 --seq 16 --steps 2 --out acts".split()
+    assert run(capsys, *argv)["status"] == "finished"
+    scored = "--text text.txt --convention gptq-32".split()
+    trained = run(capsys, "eval", "acts", *scored)["nats_per_token"]
+
+    run(capsys, *"export acts --to packed --out acts-packed".split())
+    assert run(capsys, "eval", "acts-packed", *scored)["nats_per_token"] == trained
+    assert main("export acts --to gguf:F32 --out acts.gguf".split()) == 2
+    assert "int4:token" in capsys.readouterr().err and not (here / "acts.gguf").exists()
+    run(capsys, *"export acts --to gguf:F32 --out acts.gguf --drop-activations".split())
+    assert run(capsys, "eval", "acts.gguf", *scored)["nats_per_token"] != trained
+
+    rounded = run(capsys, *"quantize m --rules in.toml --out acts-rtn".split())
+    assert rounded["bits_per_weight_quantized"] == 6.0
+    weights_only = run(capsys, *"quantize m --format int4:g8 --out weights-rtn".split())
+    assert weights_only["file_bytes"] == pytest.approx(rounded["file_bytes"], rel=0.1)
+    with_inputs, without = (run(capsys, "eval", d, *scored)["nats_per_token"] for d in ("acts-rtn", "weights-rtn"))
+    assert with_inputs != without
+
+
 def test_held_out_loss_at_each_save_and_the_best_checkpoint(here, capsys):
     """At this learning rate the loss of the text rises, so that the first checkpoint stays the best."""
     argv = [*TRAIN, *"--steps 4 --save-every 1 --keep 1 --lr 0.3 --eval-text text.txt --out heldout".split()]
