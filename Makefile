@@ -3,6 +3,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 RUNTIMES := .venv-runtimes/bin
+# Tests spend their time compiling, which takes one core: two processes, a file of tests in each at a time.
+PYTEST := -m pytest -n 2 --dist loadfile
 
 .PHONY: env quickstart test test-default test-slow test-runtimes lint clean
 .DEFAULT_GOAL := env
@@ -28,21 +30,21 @@ env: .venv/.done
 quickstart: env
 	$(BIN)/lowbit run experiments/quickstart.py $(ARGS)
 
-# In CI the real runtimes run too; `make test-slow` runs the longer checks.
+# In CI the longer checks and the real runtimes run too.
 ifdef CI
-test: test-default test-runtimes
+test: test-default test-slow test-runtimes
 else
 test: test-default
 endif
 
 test-default: env lint
-	$(BIN)/python -m pytest
+	$(BIN)/python $(PYTEST)
 
 test-slow: env
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python $(PYTEST) -m slow
 
 test-runtimes: .venv-runtimes/.done
-	$(RUNTIMES)/python -m pytest -m 'transformers or llamacpp'
+	$(RUNTIMES)/python $(PYTEST) -m 'transformers or llamacpp'
 
 lint: env
 	$(BIN)/ruff check .
