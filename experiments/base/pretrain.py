@@ -42,7 +42,7 @@ class Config:
     keep_every: int = 32  # one in so many 13-grams is kept as training fingerprint
     seq_len: int = 512
     train: TrainConfig = TrainConfig(
-        steps=1200,
+        steps=700,
         batch_size=8,
         optimizer="muon",
         lr=5e-3,
