@@ -79,15 +79,11 @@ def check_writable(path: Path) -> None:
 
 
 def folder_of(source: str) -> Path | None:
-    """The folder of a model in Hugging Face layout (a run directory's is `model/`); None for any other source.
+    """The local folder of a model in Hugging Face layout: a run directory's is `model/`, a hub id's its snapshot; None
+    for a file of another kind. Raises `InputError` for what is no model."""
+    from lowbit.export.open import find_folder
 
-    A run without a finished model has none, though it has a config.json: `load` says so.
-    """
-    unfinished = (Path(source) / "run.json").is_file()
-    for folder in (Path(source) / "model", Path(source))[: 1 if unfinished else 2]:
-        if (folder / "config.json").is_file():
-            return folder
-    return None
+    return find_folder(source)
 
 
 def load(source: str) -> Any:

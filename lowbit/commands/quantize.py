@@ -41,7 +41,7 @@ class Quantize:
 
     def main(self) -> Result:
         from lowbit.commands.evaluate import read_text
-        from lowbit.evaluate.size import file_bytes, sizes
+        from lowbit.evaluate.size import file_bytes, folder_sizes
         from lowbit.experiment.progress import Progress
         from lowbit.models.hf import save_hf
         from lowbit.ptq import base as solvers
@@ -88,7 +88,7 @@ class Quantize:
             "solver": self.solver,
             "transform": self.transform,
             "file_bytes": file_bytes(self.out),
-            **sizes(load(str(self.out)).params),
+            **folder_sizes(self.out),
             "seconds": round(time.monotonic() - start, 3),
         }
         return result(data, lines(data))
@@ -96,7 +96,7 @@ class Quantize:
 
 @dataclasses.dataclass(frozen=True)
 class Export:
-    """Write a model for another runtime, reload what was written, and compare it with the model in memory."""
+    """Write a model for another runtime, reload what was written, and compare it with the model."""
 
     model: Model
     """Folder, file, run directory or hub id."""
@@ -139,12 +139,13 @@ class Export:
         paths = destinations(self.to, self.out, model_name(self.model))
         for path in paths:
             check_output(path, self.force)
-        model = load(self.model)
+        source = folder_of(self.model) or load(self.model)
         reports = []
         with Progress("export", len(paths), every=1) as progress:
             for target, path in zip(self.to, paths):
-                reports.append(r := export(model, target, path, **options))
-                progress.update(len(reports), to=target, path=path, bytes=r["bytes"], KL=r["kl_mean"])
+                reports.append(r := export(source, target, path, **options))
+                kl = {} if r["kl_mean"] is None else {"KL": r["kl_mean"]}
+                progress.update(len(reports), to=target, path=path, bytes=r["bytes"], **kl)
         data = {"model": self.model, "exports": reports}
         if len(reports) == 1:
             data |= reports[0]

@@ -10,8 +10,9 @@ import jax
 
 from lowbit import tree as trees
 from lowbit.errors import InputError
-from lowbit.formats.base import Latent, QTensor, stored_bytes
+from lowbit.formats.base import Format, Latent, QTensor, stored_bytes
 from lowbit.formats.fake_quant import QuantizedInput
+from lowbit.models import hf
 from lowbit.models.config import ModelConfig
 
 
@@ -73,6 +74,18 @@ def sizes(params: Mapping[str, Any], config: ModelConfig | None = None) -> dict[
         "bits_per_weight": 8 * nbytes / weights,
         "bits_per_weight_quantized": 8 * total[True][1] / total[True][0] if total[True][0] else None,
     }
+
+
+def folder_sizes(folder: str | Path) -> dict[str, Any]:
+    """`sizes` of a Hugging Face folder, plain or packed, from the headers of its files: no weight is read. Raises
+    `InputError` unless these have the tensors that its config.json describes."""
+    hf.readers(folder)
+    config = hf.load_config(folder)
+    kinds, shapes, leaves = hf.stored_kinds(folder), config.shapes(), {}
+    for path, kind in kinds.items():
+        w = jax.ShapeDtypeStruct(shapes[path], "float32" if isinstance(kind, Format) else kind)
+        leaves[path] = jax.eval_shape(kind.encode, w) if isinstance(kind, Format) else w
+    return sizes(trees.build(leaves), config)
 
 
 def layer_table(params: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -13,19 +13,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lowbit import tree as trees
 from lowbit.errors import InputError, unknown
-from lowbit.export.gguf import Overrides, expected, unwrap, write_gguf
+from lowbit.export.gguf import Overrides, expected, write_sources
 from lowbit.export.gguf_read import read_gguf
-from lowbit.export.gguf_types import FLOAT_DTYPES, TYPES, get
+from lowbit.export.gguf_types import TYPES, get
 from lowbit.export.hf import export_hf
-from lowbit.formats.base import QTensor
-from lowbit.models.hf import load_hf
+from lowbit.export.sources import Sources, leaves, open_sources, unwrap
+from lowbit.formats.base import Format, QTensor
+from lowbit.models.hf import FLOATS, load_hf, readers, stored_kinds
 from lowbit.models.model import Model
 from lowbit.tree import map_leaves
 
 TARGETS = ("gguf", "hf", "packed")
 KL_LIMIT = 1e-4  # nats per token, where the file holds the same weights
+KL_BYTES = 2 << 30  # of a folder's model in float32: up to here it is loaded for the KL
 TOKENS = (2, 64)  # of the comparison
 
 
@@ -35,27 +36,30 @@ class ExportMismatch(InputError):
 
 def targets() -> list[str]:
     """Every target that `export` takes."""
-    return ["gguf", *(f"gguf:{t}" for t in TYPES), "hf", *(f"hf:{d}" for d in _DTYPES), "packed"]
-
-
-_DTYPES = ("float32", "float16", "bfloat16")
+    return ["gguf", *(f"gguf:{t}" for t in TYPES), "hf", *(f"hf:{d}" for d in FLOATS), "packed"]
 
 
 def export(
-    model: Model,
+    source: Model | str | Path,
     to: str,
     out: str | Path,
     *,
     overrides: Overrides = (),
     embedding: str | None = None,
     drop_activations: bool = False,
+    kl_bytes: int = KL_BYTES,
 ) -> dict[str, Any]:
-    """Writes `model` to the file (gguf) or folder `out`, reloads it and returns a report.
+    """Writes a model, or a Hugging Face folder (plain or packed), to the file (gguf) or folder `out`, reloads it and
+    returns a report.
+
+    A folder goes tensor by tensor, while writing and while comparing; only the KL needs the model and the reloaded file
+    in memory, so it is left out for a folder whose model takes more than `kl_bytes` in float32.
 
     The report has `to`, `path`, `bytes`, `types` (number of tensors by type), `fresh` (float tensors that were
     quantized here), `rounded` (values that a float cast changed, by path), `notes`, `weights` (how many were compared,
-    all equal), `kl_mean` and `kl_max` (of the reloaded file against the model in memory, nats per token) and `seconds`.
-    With `fresh` or `rounded` tensors the KL is the cost of that rounding; else it exceeds `KL_LIMIT` only by a fault.
+    all equal), `kl_mean` and `kl_max` (of the reloaded file against the source, nats per token; None and a note where
+    left out) and `seconds`. With `fresh` or `rounded` tensors the KL is the cost of that rounding; else it exceeds
+    `KL_LIMIT` only by a fault.
 
     Raises `InputError` for what the target cannot hold and `ExportMismatch` when the file differs; it is left in place.
     """
@@ -65,31 +69,28 @@ def export(
         raise unknown("export target", to, targets())
     if kind != "gguf" and (overrides or embedding):
         raise InputError(f"overrides or embedding with target {to!r} (allowed: with gguf)")
+    if kind == "hf" and option and option not in FLOATS:
+        raise unknown("dtype of export target hf", option, FLOATS)
     report: dict[str, Any] = {"to": to, "path": str(out), "fresh": [], "rounded": {}, "notes": []}
+    if not isinstance(source, Model) and Path(out).resolve() == Path(source).resolve():
+        source = load_hf(source)  # is about to be replaced
+    opened = open_sources(source, drop_activations or kind == "packed")
     if kind == "gguf":
-        r = write_gguf(
-            model, out, option or "auto", overrides=overrides, embedding=embedding, drop_activations=drop_activations
-        )
+        r = write_sources(opened, out, option or "auto", overrides=overrides, embedding=embedding)
         report |= {"fresh": r.fresh, "rounded": r.rounded, "notes": r.notes, "types": _count(r.types.values())}
-        report["weights"] = _compare_gguf(model, out, r.types, drop_activations)
-        again = read_gguf(out)
+        report["weights"] = _compare_gguf(opened, out, r.types)
     else:
-        dtype = option or None
-        if dtype is not None and dtype not in _DTYPES:
-            raise unknown("dtype of export target hf", dtype, _DTYPES)
-        if kind == "hf":
-            model = model.replace(params=map_leaves(lambda p, x: unwrap(p, x, drop_activations), model.params))
-            dtype = dtype or _plain_dtype(model)
-        export_hf(model, out, packed=kind == "packed", dtype=dtype)
-        again = load_hf(out)
-        report["weights"], report["rounded"] = _compare_hf(model, again, dtype, out)
-        report["types"] = _count(_kind(x) for _, x in trees.items(again.params))
+        dtype = export_hf(source, out, kind == "packed", option or None, drop_activations)
+        report["weights"], report["rounded"] = _compare_hf(source, dtype, out)
+        kinds = stored_kinds(out).values()
+        report["types"] = _count(k.name if isinstance(k, Format) else k for k in kinds)
     report["bytes"] = size(out)
-    report["kl_mean"], report["kl_max"] = _divergence(model, again, drop_activations)
-    if not np.isfinite(report["kl_mean"]) or (
-        report["kl_mean"] > KL_LIMIT and not report["fresh"] and not report["rounded"]
-    ):
-        raise ExportMismatch(f"{out}: KL {report['kl_mean']:.3g} to the model in memory (allowed: {KL_LIMIT})")
+    report["kl_mean"] = report["kl_max"] = None
+    if isinstance(source, Model) or 4 * opened.config.num_params <= kl_bytes:
+        _measure(source, read_gguf(out) if kind == "gguf" else load_hf(out), drop_activations, report)
+    else:
+        large = 4 * opened.config.num_params
+        report["notes"].append(f"KL not computed for {large:,} bytes in float32 (only up to {kl_bytes:,})")
     report["seconds"] = time.monotonic() - start
     return report
 
@@ -103,18 +104,26 @@ def size(path: str | Path) -> int:
 # -- comparison -------------------------------------------------------------------------------------------------------
 
 
-def _compare_gguf(model: Model, out: str | Path, types: dict[str, str], drop_activations: bool) -> int:
-    """Every weight of the file, read by code that shares nothing with the writer (`verify`), against memory."""
+def _compare_gguf(opened: Sources, out: str | Path, types: dict[str, str]) -> int:
+    """Every weight of the file, read by code that shares nothing with the writer (`verify`), against its source; one
+    tensor at a time."""
     from lowbit.export import verify
 
     total = 0
     try:
-        for path, kind, w in verify.weights(out, types):
+        for path, kind, shape, parts in verify.weights(out, types):
+            s = opened.tensors[path]
             if kind != types[path]:
                 raise ExportMismatch(f"{out}: {path} has type {kind} (allowed: {types[path]}, as it was written)")
-            leaf = unwrap(path, trees.get(model.params, path), drop_activations)
-            _same(path, w, expected(path, leaf, get(kind), model.config), out)
-            total += w.size
+            if shape != s.shape:
+                raise ExportMismatch(f"{out}: {path} has shape {list(shape)} (allowed: {list(s.shape)})")
+            wanted, first, wrong = expected(path, s.load(), get(kind), opened.config), 0, 0
+            for part in parts:
+                wrong += int(np.count_nonzero(part != wanted(first, first + len(part))))
+                first += len(part)
+                total += part.size
+            del wanted  # before the next tensor is loaded
+            _none(wrong, path, out)
     except (ValueError, IndexError, KeyError) as e:
         if isinstance(e, InputError):
             raise
@@ -122,32 +131,44 @@ def _compare_gguf(model: Model, out: str | Path, types: dict[str, str], drop_act
     return total
 
 
-def _compare_hf(model: Model, again: Model, dtype: str | None, out: str | Path) -> tuple[int, dict[str, int]]:
-    total, rounded = 0, {}
-    for path, leaf in trees.items(model.params):
-        a, b = _float32(path, leaf), _float32(path, trees.get(again.params, path))
+def _compare_hf(source: Model | str | Path, dtype: str | None, out: str | Path) -> tuple[int, dict[str, int]]:
+    """Every weight of the folder against its source, one tensor at a time; `dtype` is what floats were cast to."""
+    total, rounded, found = 0, {}, readers(out)
+    for path, leaf in leaves(source):
+        a = _float32(path, leaf)
+        del leaf
         if dtype is not None:
-            name = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}[dtype]
-            cast = a.astype(FLOAT_DTYPES[name]).astype(np.float32)
+            cast = a.astype(FLOATS[dtype]).astype(np.float32)
             if changed := int(np.count_nonzero(cast != a)):
                 rounded[path] = changed
             a = cast
-        _same(path, b, a, out)
+        b = _float32(path, found[path]())
+        _none(a.size if a.shape != b.shape else int(np.count_nonzero(a != b)), path, out)
         total += a.size
+        del a, b
     return total, rounded
 
 
-def _same(path: str, found: np.ndarray, wanted: np.ndarray, out: str | Path) -> None:
-    if not np.array_equal(found, wanted):
-        n = "all" if found.shape != wanted.shape else int(np.count_nonzero(found != wanted))
-        raise ExportMismatch(f"{out}: {n} weights of {path} differ from the model in memory (allowed: none)")
+def _none(wrong: int, path: str, out: str | Path) -> None:
+    if wrong:
+        raise ExportMismatch(f"{out}: {wrong} weights of {path} differ from what it was written from (allowed: none)")
 
 
 def _float32(path: str, leaf: Any) -> np.ndarray:
     leaf = unwrap(path, leaf, True)
     if isinstance(leaf, QTensor):
         leaf = dataclasses.replace(leaf, dtype="float32").decode()
-    return np.asarray(leaf).astype(np.float32)
+    return np.asarray(leaf).astype(np.float32, copy=False)
+
+
+def _measure(source: Model | str | Path, again: Model, drop_activations: bool, report: dict[str, Any]) -> None:
+    """Puts the KL of the reloaded file into the report. Raises `ExportMismatch` where it shows a fault."""
+    model = source if isinstance(source, Model) else load_hf(source)
+    report["kl_mean"], report["kl_max"] = _divergence(model, again, drop_activations)
+    if not np.isfinite(report["kl_mean"]) or (
+        report["kl_mean"] > KL_LIMIT and not report["fresh"] and not report["rounded"]
+    ):
+        raise ExportMismatch(f"{report['path']}: KL {report['kl_mean']:.3g} to its source (allowed: {KL_LIMIT})")
 
 
 def _divergence(model: Model, again: Model, drop_activations: bool) -> tuple[float, float]:
@@ -163,15 +184,6 @@ def _divergence(model: Model, again: Model, drop_activations: bool) -> tuple[flo
     p, q = (jax.nn.log_softmax(m.replace(params=map_leaves(plain, m.params)).logits(tokens)) for m in (model, again))
     kl = jnp.sum(jnp.exp(p) * (p - q), axis=-1)
     return max(float(kl.mean()), 0.0), max(float(kl.max()), 0.0)
-
-
-def _plain_dtype(model: Model) -> str | None:
-    return "float32" if any(isinstance(x, QTensor) for _, x in trees.items(model.params)) else None
-
-
-def _kind(leaf: Any) -> str:
-    leaf = getattr(leaf, "w", leaf)
-    return leaf.format.name if isinstance(leaf, QTensor) else str(leaf.dtype)
 
 
 def _count(names: Any) -> dict[str, int]:

@@ -29,32 +29,17 @@ from lowbit.export import gguf_arch as arch
 from lowbit.export import translate
 from lowbit.export.gguf_tokenizer import tokenizer_metadata
 from lowbit.export.gguf_types import FLOAT_DTYPES, TYPES, GGMLType, get
+from lowbit.export.sources import Source, Sources, open_sources
 from lowbit.formats import base as formats
-from lowbit.formats.base import Format, Latent, QTensor
-from lowbit.formats.fake_quant import QuantizedInput
-from lowbit.formats.floats import FloatFormat
+from lowbit.formats.base import Format, QTensor
 from lowbit.models.config import ModelConfig
 from lowbit.models.model import Model
 from lowbit.models.shards import require_finite
 from lowbit.ptq.rtn import encode
-from lowbit.tree import items
 
 Overrides = Sequence[tuple[str, str]]
 _KEEP = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 _TOP = ("model.embed_tokens", "lm_head")
-
-
-@dataclasses.dataclass(frozen=True)
-class Source:
-    """One parameter before it is written: what is known without its values, and how to get them.
-
-    `format` is None for a float tensor of `dtype`; `load` gives the array or the `QTensor`.
-    """
-
-    shape: tuple[int, ...]
-    dtype: str
-    format: Format | None
-    load: Callable[[], Any]
 
 
 @dataclasses.dataclass
@@ -70,7 +55,7 @@ class Report:
 
 
 def write_gguf(
-    model: Model,
+    source: Model | str | Path,
     path: str | Path,
     type: str = "auto",
     *,
@@ -78,41 +63,31 @@ def write_gguf(
     embedding: str | None = None,
     drop_activations: bool = False,
 ) -> Report:
-    """Writes `model` to one GGUF v3 file.
+    """Writes a model, or a Hugging Face folder (plain or packed), to one GGUF v3 file; both give the same bytes.
 
+    Of a folder one tensor at a time is in memory; packed ones are read twice, to choose and check types and to write.
     `drop_activations` writes the weights of layers that also quantize their input, whose activation format the file
     cannot hold. Raises `InputError`, before anything is written, for an architecture, shape, level range or scale that
-    the types cannot hold exactly; it names the tensors.
+    the types cannot hold exactly; it names the tensors. After a fault that shows while writing no file is left.
     """
-    sources = {p: _source(p, leaf, drop_activations) for p, leaf in items(model.params)}
-    return write_sources(model.config, model.tokenizer, sources, path, type, overrides=overrides, embedding=embedding)
+    opened = open_sources(source, drop_activations)
+    return write_sources(opened, path, type, overrides=overrides, embedding=embedding)
 
 
 def write_sources(
-    config: ModelConfig,
-    tokenizer: Any,
-    sources: Mapping[str, Source],
-    path: str | Path,
-    type: str = "auto",
-    *,
-    overrides: Overrides = (),
-    embedding: str | None = None,
-    name: str = "",
-    static: bool = False,
+    opened: Sources, path: str | Path, type: str = "auto", *, overrides: Overrides = (), embedding: str | None = None
 ) -> Report:
-    """`write_gguf` from sources that are loaded one at a time. `static` picks `auto` types by format alone, where the
-    values are not at hand before they are written. Rows that are no whole blocks are refused beforehand as ever;
-    levels or scales that do not fit stop the writing, and no file is left.
-    """
+    """`write_gguf` of sources that are open."""
     import gguf
 
+    config, tokenizer, sources = opened.config, opened.tokenizer, opened.tensors
     arch.check(config)
     names = arch.tensor_names(config)
     missing = [p for p in names if p not in sources]
     if missing or len(sources) != len(names):
         raise InputError(f"parameters do not match the config: missing {missing[:4]}, extra {_extra(sources, names)}")
     report = Report(str(path))
-    types = _assign(sources, type, overrides, embedding, static, report)
+    types = _assign(sources, type, overrides, embedding, report)
     report.types = {p: t.name for p, t in types.items()}
     if arch.context_length(config) < config.max_position:
         report.notes.append(
@@ -123,7 +98,7 @@ def write_sources(
     with files.atomic_path(path) as tmp:
         w = gguf.GGUFWriter(tmp, arch.ARCHITECTURES[config.family])
         w.add_type("model")
-        w.add_string("general.name", name or Path(path).stem)
+        w.add_string("general.name", Path(path).stem)
         w.add_file_type(_file_type(types, sources))
         if any(t.quantized for t in types.values()):
             w.add_quantization_version(gguf.GGML_QUANT_VERSION)
@@ -154,33 +129,11 @@ def write_sources(
 # -- what each tensor becomes -----------------------------------------------------------------------------------------
 
 
-def unwrap(path: str, leaf: Any, drop_activations: bool = False) -> Any:
-    """The array or `QTensor` of a leaf; a `Latent` gives its trained codes and scales."""
-    if isinstance(leaf, QuantizedInput):
-        if not drop_activations:
-            raise InputError(
-                f"{path} quantizes its input ({leaf.act.name}), which the file cannot hold "
-                "(allowed: weight formats only, or drop_activations)"
-            )
-        leaf = leaf.w
-    if isinstance(leaf, Latent):
-        leaf = leaf.encode()
-    return leaf.arrays["w"] if isinstance(leaf, QTensor) and isinstance(leaf.format, FloatFormat) else leaf
-
-
-def _source(path: str, leaf: Any, drop_activations: bool) -> Source:
-    leaf = unwrap(path, leaf, drop_activations)
-    if isinstance(leaf, QTensor):
-        return Source(leaf.shape, leaf.dtype, leaf.format, lambda: leaf)
-    return Source(tuple(leaf.shape), str(leaf.dtype), None, lambda: leaf)
-
-
 def _assign(
     sources: Mapping[str, Source],
     type: str,
     overrides: Overrides,
     embedding: str | None,
-    static: bool,
     report: Report,
 ) -> dict[str, GGMLType]:
     """The type of every tensor; all that cannot be is raised in one error."""
@@ -188,8 +141,7 @@ def _assign(
     top = None if embedding is None else get(embedding)
     rules = [(_regex(r), get(t)) for r, t in overrides]
     planned = any(s.format is not None for s in sources.values())
-    used, out = set(), {}
-    bad: dict[str, list[str]] = {}
+    used, chosen, out = set(), {}, {}
     for path, s in sources.items():
         rule = next((i for i, (r, _) in enumerate(rules) if r.fullmatch(path)), None)
         if rule is not None:
@@ -203,21 +155,24 @@ def _assign(
             t = None
         else:
             t = wanted
-        try:
-            out[path] = _resolve(path, s, t, static)
-            if s.format is None and out[path].quantized:
-                report.fresh.append(path)
-        except translate.Misfit as e:
-            bad.setdefault(str(e), []).append(f"{path} {list(s.shape)}{' ' + s.format.name if s.format else ''}")
+        chosen[path] = t
     for i, (rule, _) in enumerate(overrides):
         if i not in used:
             raise InputError(
                 f"override {rule!r} matches no tensor (allowed: a regex over paths such as {next(iter(sources))})"
             )
-    for why, names in bad.items():
-        more = f" and {len(names) - 3} more tensors" if len(names) > 3 else ""
-        also = f"; {len(bad) - 1} more reasons for other tensors" if len(bad) > 1 else ""
-        raise InputError(f"cannot write {', '.join(names[:3])}{more}: {why}{also}")
+    for step in (_fit_shape, _fit_values):  # all shapes before any value is loaded
+        bad: dict[str, list[str]] = {}
+        for path, s in sources.items():
+            try:
+                out[path] = step(s, chosen[path])
+            except translate.Misfit as e:
+                bad.setdefault(str(e), []).append(f"{path} {list(s.shape)}{' ' + s.format.name if s.format else ''}")
+        for why, names in bad.items():
+            more = f" and {len(names) - 3} more tensors" if len(names) > 3 else ""
+            also = f"; {len(bad) - 1} more reasons for other tensors" if len(bad) > 1 else ""
+            raise InputError(f"cannot write {', '.join(names[:3])}{more}: {why}{also}")
+    report.fresh = [p for p, s in sources.items() if s.format is None and out[p].quantized]
     return out
 
 
@@ -228,20 +183,28 @@ def _regex(text: str) -> re.Pattern[str]:
         raise InputError(f"override {text!r} is no regex: {e} (allowed: such as '.*down_proj')") from e
 
 
-def _resolve(path: str, s: Source, t: GGMLType | None, static: bool) -> GGMLType:
-    """`t`, or for None the tensor's own type, once it is known to fit. Raises `Misfit`."""
-    if s.format is None:
-        if t is None:
-            if s.dtype not in _KEEP:
-                raise translate.Misfit(f"dtype {s.dtype} (allowed: {', '.join(_KEEP)})")
-            return TYPES[_KEEP[s.dtype]]
-        if t.quantized and len(s.shape) == 1:
-            raise translate.Misfit(f"one-dimensional tensors stay F32 (not {t.name})")
-        return _whole_blocks(s, t)
-    if t is not None and not t.quantized:
-        return t
-    if static:
-        return _whole_blocks(s, t or static_type(s.format, s.shape))
+def _fit_shape(s: Source, t: GGMLType | None) -> GGMLType | None:
+    """`t`, once the shape is known to fit it; for None the type of a float tensor. Raises `Misfit`."""
+    if s.format is None and t is None:
+        if s.dtype not in _KEEP:
+            raise translate.Misfit(f"dtype {s.dtype} (allowed: {', '.join(_KEEP)})")
+        return TYPES[_KEEP[s.dtype]]
+    if s.format is None and t.quantized and len(s.shape) == 1:  # type: ignore[union-attr]
+        raise translate.Misfit(f"one-dimensional tensors stay F32 (not {t.name})")  # type: ignore[union-attr]
+    block = t or TYPES["Q8_0"]  # every type's block is a multiple of Q8_0's
+    if s.shape[-1] % block.block:
+        fits = [n for n, o in TYPES.items() if s.shape[-1] % o.block == 0]
+        raise translate.Misfit(
+            f"rows of {s.shape[-1]} weights are no multiple of {block.name}'s block of {block.block} "
+            f"(allowed: {', '.join(fits)})"
+        )
+    return t
+
+
+def _fit_values(s: Source, t: GGMLType | None) -> GGMLType:
+    """`t`, or for None the packed tensor's own type, once its levels and scales are known to fit. Raises `Misfit`."""
+    if s.format is None or (t is not None and not t.quantized):
+        return t or TYPES[_KEEP[s.dtype]]
     g = translate.grid(s.load())
     if g is None:
         raise translate.Misfit(f"format {s.format.name} has no integer levels (allowed: F32, or another format)")
@@ -249,22 +212,12 @@ def _resolve(path: str, s: Source, t: GGMLType | None, static: bool) -> GGMLType
         exact = translate.exact_types(g)
         if not exact:
             raise translate.Misfit(f"no GGUF block type holds it exactly (allowed: F32; tried {_why(g)})")
-        usual = static_type(s.format, s.shape).name
+        usual = usual_type(s.format, s.shape)
         return TYPES[usual if usual in exact else exact[0]]
     try:
         translate.fit(g, t)
     except translate.Misfit as e:
         raise translate.Misfit(f"{e} (allowed: {', '.join([*translate.exact_types(g), 'F32'])})") from e
-    return t
-
-
-def _whole_blocks(s: Source, t: GGMLType) -> GGMLType:
-    if s.shape[-1] % t.block:
-        fits = [n for n, o in TYPES.items() if s.shape[-1] % o.block == 0]
-        raise translate.Misfit(
-            f"rows of {s.shape[-1]} weights are no multiple of {t.name}'s block of {t.block} "
-            f"(allowed: {', '.join(fits)})"
-        )
     return t
 
 
@@ -276,26 +229,15 @@ def _why(g: translate.Grid) -> str:
     return "all"
 
 
-def static_type(fmt: Format, shape: tuple[int, ...]) -> GGMLType:
-    """The type that a format's weights usually fit, without their values."""
+def usual_type(fmt: Format, shape: tuple[int, ...]) -> str:
+    """Name of the type that a format's weights usually fit, empty if there is none."""
     family = fmt.name.split(":")[0]
     if family.upper() in TYPES:
-        return TYPES[family.upper()]
-    by_family = {
-        "bf16": "BF16",
-        "fp16": "F16",
-        "f32": "F32",
-        "int1": "Q2_0",
-        "int2": "Q2_0",
-        "int3": "Q4_0",
-        "int4": "Q4_0",
-    }
-    by_family |= {f"int{b}": "Q8_0" for b in range(5, 9)}
+        return family.upper()
     if family == "ternary":
-        return TYPES["TQ2_0" if shape[1] % 256 == 0 else "Q2_0"]
-    if family not in by_family:
-        raise translate.Misfit(f"format {fmt.name} has no GGUF type (allowed: {', '.join(by_family)}, ternary)")
-    return TYPES[by_family[family]]
+        return "TQ2_0" if shape[1] % 256 == 0 else "Q2_0"
+    by_family = {"int1": "Q2_0", "int2": "Q2_0", "int3": "Q4_0", "int4": "Q4_0"}
+    return (by_family | {f"int{b}": "Q8_0" for b in range(5, 9)}).get(family, "")
 
 
 def _file_type(types: Mapping[str, GGMLType], sources: Mapping[str, Source]) -> int:
@@ -353,16 +295,22 @@ def _cast(path: str, x: np.ndarray, t: GGMLType, report: Report) -> np.ndarray:
     return y
 
 
-def expected(path: str, leaf: Any, t: GGMLType, config: ModelConfig) -> np.ndarray:
-    """float32 values that a file must hold for this leaf in type `t`: what a reader of the bytes is checked against."""
+def expected(path: str, leaf: Any, t: GGMLType, config: ModelConfig) -> Callable[[int, int], np.ndarray]:
+    """Rows `[start, stop)` in float32 that a file must hold for this leaf in type `t`: what a reader of the bytes is
+    checked against. Floats are converted by the row."""
     if isinstance(leaf, QTensor) or t.quantized:
         q = leaf if isinstance(leaf, QTensor) else fresh(leaf, t)
-        x = np.asarray(q.format.decode(dataclasses.replace(q, dtype="float32")))
-    else:
-        x = np.asarray(leaf)
-        if config.norm_plus_one and path.endswith("norm"):
-            x = np.float32(1.0) + x.astype(np.float32)
-    return x.astype(np.float32) if t.quantized else x.astype(FLOAT_DTYPES[t.name]).astype(np.float32)
+        leaf = q.format.decode(dataclasses.replace(q, dtype="float32"))
+    x = np.asarray(leaf)
+    one = np.float32(config.norm_plus_one and path.endswith("norm"))
+
+    def rows(start: int, stop: int) -> np.ndarray:
+        part = x[start:stop]
+        part = one + part.astype(np.float32) if one else part
+        part = part if t.quantized else part.astype(FLOAT_DTYPES[t.name], copy=False)
+        return part.astype(np.float32, copy=False)
+
+    return rows
 
 
 def _extra(sources: Iterable[str], names: Iterable[str]) -> list[str]:

@@ -19,16 +19,25 @@ ACCEPTED = (
 def open_model(source: str | Path) -> Model:
     """The model of a folder (plain or packed), a run directory, a GGUF or llama2.c file, a name in the package or a hub
     id. Raises `InputError` that says what is accepted."""
+    folder = find_folder(source)
+    if folder is None:
+        return _file(Path(source))
+    return load_hf(folder).replace(source=str(source)) if Path(source).is_dir() else load_hf(folder)
+
+
+def find_folder(source: str | Path) -> Path | None:
+    """The local Hugging Face folder of anything that `open_model` reads, fetched from the hub where need be; None for a
+    file of another kind. Raises `InputError` like `open_model`."""
     path = Path(source)
     if path.is_dir():
-        return load_hf(_folder(path)).replace(source=str(source))
+        return _folder(path)
     if path.is_file():
-        return _file(path)
+        return _folder(path.parent) if path.suffix == ".safetensors" else None
     bundled = resources.files("lowbit") / "assets" / str(source)
     if re.fullmatch(r"[\w.-]+", str(source)) and (bundled / "config.json").is_file():
-        return load_hf(Path(str(bundled)))
+        return Path(str(bundled))
     if re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", str(source)):
-        return load_hf(resolve(source))
+        return resolve(source)
     raise InputError(f"no model {str(source)!r} (allowed: {ACCEPTED})")
 
 
@@ -52,6 +61,4 @@ def _file(path: Path) -> Model:
         return read_gguf(path)
     if path.suffix == ".bin":
         return load_llama2c(path)
-    if path.suffix == ".safetensors":
-        return load_hf(_folder(path.parent))
     raise InputError(f"{path} is no model file (allowed: {ACCEPTED})")

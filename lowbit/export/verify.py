@@ -5,6 +5,7 @@ this file has a decoder of its own, after the layout in ggml's `ggml-common.h`. 
 its description: the llama architecture rotates rows 2 i and 2 i + 1 of a head, Hugging Face rows i and i + head / 2.
 """
 
+import math
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,11 @@ import gguf
 import numpy as np
 
 Q2_0, Q2_0_WEIGHTS, Q2_0_BYTES = 42, 64, 18
+PART = 1 << 24  # weights that are decoded at a time
 
 
 class Reader(gguf.GGUFReader):
-    """The library's reader, which leaves tensors of type Q2_0 in `q2_0` as bytes `[rows, row bytes]` and steps over
+    """The library's reader, which puts where tensors of type Q2_0 are into `q2_0`, as `(offset, shape)`, and steps over
     lists of strings: of each string it would keep several arrays, half a GiB for a vocabulary of 128 thousand."""
 
     def _get_field_parts(self, orig_offs: Any, raw_type: Any) -> Any:
@@ -33,20 +35,24 @@ class Reader(gguf.GGUFReader):
     def _build_tensors(self, start_offs: Any, fields: list[Any]) -> None:
         known = [f for f in fields if f.parts[4][0] != Q2_0]
         super()._build_tensors(start_offs, known)
-        self.q2_0: dict[str, np.ndarray] = {}
+        self.q2_0: dict[str, tuple[int, tuple[int, int]]] = {}
         for f in fields:
             _, name, _, dims, kind, offset = f.parts
             if kind[0] == Q2_0:
                 columns, rows = (*dims.tolist(), 1)[:2]
-                width = columns // Q2_0_WEIGHTS * Q2_0_BYTES
-                data = self._get(start_offs + int(offset[0]), np.uint8, rows * width)
-                self.q2_0[bytes(name).decode()] = data.reshape(rows, width)
+                shape = rows, columns // Q2_0_WEIGHTS * Q2_0_BYTES
+                at = start_offs + int(offset[0])
+                self._get(at, np.uint8, math.prod(shape)).reshape(shape)  # raises where the file ends
+                self.q2_0[bytes(name).decode()] = at, shape
 
 
-def weights(path: str | Path, names: Iterable[str]) -> Iterator[tuple[str, str, np.ndarray]]:
-    """Yields `(name, type, float32 weights)` for every parameter in `names` (Hugging Face paths, without `.weight`),
-    one in memory at a time, its rows in Hugging Face's order. Raises `ValueError`, `IndexError` or `KeyError` for a
-    file that cannot be read."""
+def weights(path: str | Path, names: Iterable[str]) -> Iterator[tuple[str, str, tuple[int, ...], Iterator[np.ndarray]]]:
+    """Yields `(name, type, shape, parts)` for every parameter in `names` (Hugging Face paths, without `.weight`).
+
+    `parts` are its rows in Hugging Face's order as float32, about `PART` weights at a time. They are read from the
+    file, not from the library's map of it, whose pages would stay in memory. Raises `ValueError`, `IndexError` or
+    `KeyError` for a file that cannot be read.
+    """
     reader = Reader(path)
     arch = reader.fields["general.architecture"].contents()
     layers = reader.fields[f"{arch}.block_count"].contents()
@@ -58,13 +64,32 @@ def weights(path: str | Path, names: Iterable[str]) -> Iterator[tuple[str, str, 
         full = name if name.endswith(".bias") else name + ".weight"
         where = stored.get_name(full, try_suffixes=(".weight", ".bias"))
         if where in reader.q2_0:
-            type, x = "Q2_0", q2_0(reader.q2_0[where])
+            type, dtype, (offset, shape) = "Q2_0", np.dtype(np.uint8), reader.q2_0[where]
+            columns = shape[1] // Q2_0_BYTES * Q2_0_WEIGHTS
         else:
             t = tensors[where]
-            type, x = t.tensor_type.name, gguf.dequantize(t.data, t.tensor_type).astype(np.float32)
-        if arch == "llama" and where.split(".")[-2] in ("attn_q", "attn_k"):
-            x = x[halves(len(x), head)]
-        yield name, type, x
+            type, dtype, offset, shape = t.tensor_type.name, t.data.dtype, t.data_offset, t.data.shape
+            columns = int(t.shape[0]) if len(shape) > 1 else 1
+        turned = head if arch == "llama" and where.split(".")[-2] in ("attn_q", "attn_k") else 0
+        found = (shape[0], columns) if len(shape) > 1 else shape
+        yield (
+            name,
+            type,
+            found,
+            _parts(path, type, dtype, offset, shape, max(1, PART // columns // head) * head, turned),
+        )
+
+
+def _parts(
+    path: str | Path, type: str, dtype: np.dtype, offset: int, shape: tuple[int, ...], step: int, head: int
+) -> Iterator[np.ndarray]:
+    """`step` rows at a time of a tensor at `offset`; `head` is its head size where a head's halves are interleaved."""
+    width = math.prod(shape[1:])
+    for first in range(0, shape[0], step):
+        n = min(step, shape[0] - first)
+        data = np.fromfile(path, dtype, n * width, offset=offset + first * width * dtype.itemsize)
+        x = dequantize(type, data.reshape(n, *shape[1:])).astype(np.float32, copy=False)
+        yield x[halves(n, head)] if head else x
 
 
 def halves(rows: int, head: int) -> np.ndarray:

@@ -58,10 +58,10 @@ def load_hf(folder: str | Path) -> Model:
     """
     folder = Path(folder)
     raw, config, quant = _read_config(folder)
-    flat = {path: _to_device(leaf) for path, leaf in _leaves(folder, config, quant)}
+    flat = {path: _to_device(read()) for path, read in _readers(folder, config, quant).items()}
     dtypes = sorted({str(v.dtype) for v in flat.values() if not isinstance(v, QTensor | QuantizedInput)})
     meta = {"format": "hf-packed" if quant else "hf", "dtype": raw.get("dtype") or raw.get("torch_dtype") or dtypes[0]}
-    return Model(config, trees.build(flat), _tokenizer(folder), str(folder), meta)
+    return Model(config, trees.build(flat), load_tokenizer(folder), str(folder), meta)
 
 
 def load_config(folder: str | Path) -> ModelConfig:
@@ -75,9 +75,17 @@ def iter_tensors(folder: str | Path, only: Callable[[str], bool] | None = None) 
     Arrays are numpy in their stored dtype; packed weights come as `QTensor`s. The same checks as `load_hf`. Paths that
     `only` does not take are checked but not read.
     """
+    yield from ((path, read()) for path, read in readers(folder).items() if only is None or only(path))
+
+
+def readers(folder: str | Path) -> dict[str, Callable[[], Any]]:
+    """What `iter_tensors` reads, in any order: `{path: function that reads it}`, of which nothing is kept in memory.
+
+    All the checks of `load_hf` but those of values are made here, from the headers.
+    """
     folder = Path(folder)
     _, config, quant = _read_config(folder)
-    return _leaves(folder, config, quant, only)
+    return _readers(folder, config, quant)
 
 
 def stored_kinds(folder: str | Path) -> dict[str, Any]:
@@ -112,7 +120,7 @@ def save_hf(
         for path, leaf in trees.items(model.params):
             writer.add(path, leaf)
         writer.close()
-        _write_tokenizer(model, tmp)
+        write_tokenizer(model.source, model.tokenizer, tmp)
 
 
 class HfWriter:
@@ -230,10 +238,8 @@ def _read_config(folder: Path) -> tuple[dict[str, Any], ModelConfig, dict[str, A
     return raw, from_hf(raw), quant
 
 
-def _leaves(
-    folder: Path, config: ModelConfig, quant: dict[str, Any] | None, only: Callable[[str], bool] | None = None
-) -> Iterator[tuple[str, Any]]:
-    """Checks names and shapes against the configuration, then reads leaf by leaf."""
+def _readers(folder: Path, config: ModelConfig, quant: dict[str, Any] | None) -> dict[str, Callable[[], Any]]:
+    """Checks names and shapes against the configuration; a function for each leaf reads it."""
     shards = Shards(folder)
     fmts = {path: formats.get(name) for path, name in (quant or {}).get("formats", {}).items()}
     acts = {path: get_act(name) for path, name in (quant or {}).get("inputs", {}).items()}
@@ -258,15 +264,16 @@ def _leaves(
             expected[where[path][""]] = (shape, None)
     _check(folder, config, shards, expected)
 
-    for path, shape in shapes.items():
-        if only is not None and not only(path):
-            continue
+    def read(path: str) -> Any:
+        shape = shapes[path]
         if path in fmts:
             arrays = {name: jnp.asarray(shards.read(n)) for name, n in where[path].items()}
             leaf: Any = QTensor(arrays, fmts[path], (shape[0], shape[1]), dtypes.get(path, "float32"))
         else:
             leaf = shards.read(where[path][""])
-        yield path, QuantizedInput(leaf, acts[path]) if path in acts else leaf
+        return QuantizedInput(leaf, acts[path]) if path in acts else leaf
+
+    return {path: functools.partial(read, path) for path in shapes}
 
 
 @functools.cache
@@ -311,7 +318,8 @@ def _to_device(leaf: Any) -> Any:
     return jnp.asarray(leaf) if isinstance(leaf, np.ndarray) else leaf
 
 
-def _tokenizer(folder: Path) -> Any:
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a folder, None if it has none. Raises `InputError` for one that cannot be read."""
     from lowbit.data.tokenizer import Tokenizer
 
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
@@ -333,12 +341,12 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
-def _write_tokenizer(model: Model, folder: Path) -> None:
-    """The files of the folder that the model came from if they are still there, else the tokenizer's own."""
-    source = Path(model.source)
-    kept = [source / n for n in TOKENIZER_FILES if (source / n).is_file()] if model.source and source.is_dir() else []
+def write_tokenizer(source: str | Path, tokenizer: Any, folder: Path) -> None:
+    """The files of the folder that a model came from if they are still there, else the tokenizer's own."""
+    path = Path(source)
+    kept = [path / n for n in TOKENIZER_FILES if (path / n).is_file()] if source and path.is_dir() else []
     if kept:
         for p in kept:
             shutil.copyfile(p, folder / p.name)
-    elif model.tokenizer is not None:
-        model.tokenizer.save(folder)
+    elif tokenizer is not None:
+        tokenizer.save(folder)

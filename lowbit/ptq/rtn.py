@@ -136,13 +136,15 @@ def _write_block(src: Path, paths: set[str], assignment: Mapping[str, Any], shar
         shutil.rmtree(tmp, ignore_errors=True)
         tmp.mkdir()
         writer = ShardWriter(tmp, NO_LIMIT)
+        weights_only = {s: f for s, f in assignment.items() if not s.endswith(INPUT)}
         for path, leaf in iter_tensors(src, paths.__contains__):
-            q = quantize_leaf(path, leaf, {s: f for s, f in assignment.items() if not s.endswith(INPUT)})
+            q = quantize_leaf(path, leaf, weights_only)
             if isinstance(q, QTensor):
                 for name, a in q.arrays.items():
                     writer.add(f"{path}.{name}", jax.device_get(a))
             else:
                 writer.add(tensor_name(path), q)
+            del leaf, q  # before the next one is read
         writer.close()
         with open(tmp / "model.safetensors", "rb+") as f:
             os.fsync(f.fileno())

@@ -51,7 +51,7 @@ def test_other_families(name, tmp_path):
 
 def test_a_file_that_differs_is_an_error_and_stays(tmp_path, monkeypatch):
     m, path = packed(model(num_layers=1), "q4_0"), tmp_path / "m.gguf"
-    write = api.write_gguf
+    write = api.write_sources
 
     def damaged(*args, **kwargs):
         report = write(*args, **kwargs)
@@ -63,7 +63,7 @@ def test_a_file_that_differs_is_an_error_and_stays(tmp_path, monkeypatch):
             f.write(bytes([byte ^ 0x10]))
         return report
 
-    monkeypatch.setattr(api, "write_gguf", damaged)
+    monkeypatch.setattr(api, "write_sources", damaged)
     with pytest.raises(ExportMismatch, match="1 weights of model.layers.0.mlp.up_proj differ"):
         export(m, "gguf:Q4_0", path)
     assert path.exists()
@@ -114,14 +114,14 @@ def test_every_parameter_of_every_family_is_found(name, tmp_path):
 
 
 def test_a_file_that_the_library_cannot_read_is_an_error(tmp_path, monkeypatch):
-    write, path = api.write_gguf, tmp_path / "m.gguf"
+    write, path = api.write_sources, tmp_path / "m.gguf"
 
     def short(*args, **kwargs):
         report = write(*args, **kwargs)
         path.write_bytes(path.read_bytes()[:-5000])
         return report
 
-    monkeypatch.setattr(api, "write_gguf", short)
+    monkeypatch.setattr(api, "write_sources", short)
     with pytest.raises(ExportMismatch, match="library cannot read it"):
         export(model(num_layers=1), "gguf:F32", path)
 

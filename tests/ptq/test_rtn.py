@@ -9,8 +9,8 @@ import pytest
 
 from lowbit import tree as trees
 from lowbit.errors import InputError
+from lowbit.export.gguf import write_gguf
 from lowbit.export.gguf_read import read_gguf
-from lowbit.export.stream import stream_gguf
 from lowbit.formats import base as formats
 from lowbit.formats.base import QTensor
 from lowbit.formats.fake_quant import QuantizedInput
@@ -147,39 +147,28 @@ def test_bad_source_leaves_no_result(src, tmp_path):
         rtn.quantize_dir(src, PLAN, tmp_path / "out")
     assert (tmp_path / "out" / "config.json").read_text() == "old"
     with pytest.raises(InputError, match="NaN or infinite"):
-        stream_gguf(src, tmp_path / "m.gguf", plan=PLAN)
+        write_gguf(src, tmp_path / "m.gguf")
     assert not (tmp_path / "m.gguf").exists()
 
 
-def test_streamed_gguf_equals_memory(src, tmp_path):
-    plan = Plan((Rule(r".*\.0\.mlp\.down_proj", "q8_0"),), "q4_0")
-    report = stream_gguf(src, tmp_path / "m.gguf", plan=plan)
-    assert report.types["model.layers.0.mlp.down_proj"] == "Q8_0" and report.types["lm_head"] == "BF16"
+@pytest.mark.parametrize("plan", [Plan((Rule(r".*\.0\.mlp\.down_proj", "q8_0"),), "q4_0"), Plan.uniform("int2:g64")])
+def test_quantized_and_exported_folder_equals_memory(plan, src, tmp_path):
+    """The two verbs one after the other, tensor by tensor, against rounding in memory."""
+    rtn.quantize_dir(src, plan, tmp_path / "packed")
+    report = write_gguf(tmp_path / "packed", tmp_path / "m.gguf")
+    names = {f.name.split(":")[0].upper() for f in plan.resolve(load_hf(src).config.shapes()).values()}
+    assert set(report.types.values()) == {"F32", "BF16"} | {"Q2_0" if n == "INT2" else n for n in names}
+    assert not report.fresh
     m = load_hf(src)
     wanted = rtn.quantize(m.params, plan.resolve(m.config.shapes()))
     back = read_gguf(tmp_path / "m.gguf")
     for (p, x), (_, y) in zip(trees.items(wanted), trees.items(back.params), strict=True):
-        if isinstance(x, QTensor):
-            assert x.format == y.format
-            np.testing.assert_array_equal(np.asarray(x.decode()), np.asarray(y.decode()), err_msg=p)
-        else:
-            np.testing.assert_array_equal(np.asarray(x, np.float32), np.asarray(y, np.float32), err_msg=p)
+        a, b = (np.asarray(z.decode() if isinstance(z, QTensor) else z, np.float32) for z in (x, y))
+        np.testing.assert_array_equal(a, b, err_msg=p)
 
 
-def test_stream_from_a_packed_folder(src, tmp_path):
-    rtn.quantize_dir(src, Plan.uniform("int2:g64"), tmp_path / "packed")
-    report = stream_gguf(tmp_path / "packed", tmp_path / "m.gguf")
-    assert set(report.types.values()) == {"Q2_0", "F32", "BF16"} and not report.fresh
-    for (_, x), (_, y) in zip(
-        trees.items(load_hf(tmp_path / "packed").params), trees.items(read_gguf(tmp_path / "m.gguf").params)
-    ):
-        if isinstance(x, QTensor):
-            np.testing.assert_array_equal(np.asarray(x.decode()), np.asarray(y.decode()))
-
-
-def test_stream_refuses_what_does_not_fit(src, tmp_path):
-    with pytest.raises(InputError, match="cannot write model.layers.0.self_attn.q_proj: .*Q4_0"):
-        stream_gguf(src, tmp_path / "m.gguf", "Q4_0", plan=Plan.uniform("int8"))
-    with pytest.raises(InputError, match="up_proj:in', which a GGUF file cannot hold"):
-        stream_gguf(src, tmp_path / "m.gguf", plan=Plan((Rule(".*up_proj:in", "int8:token"),), "q4_0"))
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["src"]
+def test_folder_that_does_not_fit_a_type(src, tmp_path):
+    rtn.quantize_dir(src, Plan.uniform("int8"), tmp_path / "packed")
+    with pytest.raises(InputError, match="cannot write model.layers.0.self_attn.q_proj .*Q4_0"):
+        write_gguf(tmp_path / "packed", tmp_path / "m.gguf", "Q4_0")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["packed", "src"]

@@ -1,0 +1,91 @@
+"""What an export reads: the parameters of a model in memory, or of a Hugging Face folder one at a time."""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from lowbit.errors import InputError
+from lowbit.formats.base import Format, Latent, QTensor
+from lowbit.formats.fake_quant import QuantizedInput
+from lowbit.formats.floats import FloatFormat
+from lowbit.models import hf
+from lowbit.models.config import ModelConfig
+from lowbit.models.model import Model
+from lowbit.tree import items
+
+_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "f32": "float32"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """One parameter before it is written: what is known without its values, and how to get them.
+
+    `format` is None for a float tensor of `dtype`; `load` gives the array or the `QTensor`, from a folder anew at each
+    call, and keeps nothing.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+    format: Format | None
+    load: Callable[[], Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Sources:
+    """A model as its parameters: `tensors` by path, in the model's order. `place` is where it came from, or empty."""
+
+    config: ModelConfig
+    tokenizer: Any
+    place: str
+    tensors: dict[str, Source]
+
+
+def open_sources(source: Model | str | Path, drop_activations: bool = False) -> Sources:
+    """The sources of a model or of a folder (plain or packed), of which only headers are read here.
+
+    `drop_activations` gives the weights of layers that also quantize their input; without it these raise `InputError`,
+    from a folder when they are loaded. Raises `InputError` like `load_hf`, but for values.
+    """
+    if isinstance(source, Model):
+        tensors = {p: _of_leaf(unwrap(p, leaf, drop_activations)) for p, leaf in items(source.params)}
+        return Sources(source.config, source.tokenizer, source.source, tensors)
+    folder = Path(source)
+    config, kinds, tensors = hf.load_config(folder), hf.stored_kinds(folder), {}
+    shapes = config.shapes()
+
+    def load(path: str, read: Callable[[], Any]) -> Any:
+        return unwrap(path, read(), drop_activations)
+
+    for path, read in hf.readers(folder).items():
+        kind = kinds[path]
+        fmt = kind if isinstance(kind, Format) and not isinstance(kind, FloatFormat) else None
+        dtype = _DTYPES[kind.name] if isinstance(kind, FloatFormat) else str(kind)
+        tensors[path] = Source(shapes[path], dtype, fmt, partial(load, path, read))
+    return Sources(config, hf.load_tokenizer(folder), str(folder), tensors)
+
+
+def leaves(source: Model | str | Path) -> Iterator[tuple[str, Any]]:
+    """`(path, leaf)` as stored, activation formats included; from a folder one at a time."""
+    return items(source.params) if isinstance(source, Model) else hf.iter_tensors(source)
+
+
+def unwrap(path: str, leaf: Any, drop_activations: bool = False) -> Any:
+    """The array or `QTensor` of a leaf; a `Latent` gives its trained codes and scales."""
+    if isinstance(leaf, QuantizedInput):
+        if not drop_activations:
+            raise InputError(
+                f"{path} quantizes its input ({leaf.act.name}), which the file cannot hold "
+                "(allowed: weight formats only, or drop_activations)"
+            )
+        leaf = leaf.w
+    if isinstance(leaf, Latent):
+        leaf = leaf.encode()
+    return leaf.arrays["w"] if isinstance(leaf, QTensor) and isinstance(leaf.format, FloatFormat) else leaf
+
+
+def _of_leaf(leaf: Any) -> Source:
+    if isinstance(leaf, QTensor):
+        return Source(leaf.shape, leaf.dtype, leaf.format, lambda: leaf)
+    return Source(tuple(leaf.shape), str(leaf.dtype), None, lambda: leaf)
