@@ -145,6 +145,17 @@ class Run:
 
     def __exit__(self, kind: Any, value: Any, trace: Any) -> None:
         self.close(kind is None)
+        if kind is not None and issubclass(kind, InputError) and not self.resumed:
+            self._discard_unused()
+
+    def _discard_unused(self) -> None:
+        """A new run that bad input ended before it wrote anything leaves the directory free for the corrected command."""
+        names = {"config.json", "environment.json", "run.json", "metrics.jsonl"}
+        files = list(self.dir.iterdir())
+        if {f.name for f in files} <= names and not self.metrics_path.stat().st_size:
+            for f in files:
+                f.unlink()
+            self.dir.rmdir()
 
 
 def check_new(dir: Path) -> None:

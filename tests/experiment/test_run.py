@@ -64,6 +64,19 @@ def test_a_used_directory_is_refused(tmp_path):
         Run.open(tmp_path / "file", CONFIG)
 
 
+def test_bad_input_before_the_first_line_leaves_no_directory(tmp_path):
+    with pytest.raises(InputError, match="model nowhere"), Run.open(tmp_path / "r", CONFIG):
+        raise InputError("model nowhere")
+    assert not (tmp_path / "r").exists()
+    with pytest.raises(InputError, match="late"), Run.open(tmp_path / "r", CONFIG) as run:
+        run.log(1, loss=2.0)
+        raise InputError("late")
+    assert (tmp_path / "r/metrics.jsonl").stat().st_size
+    with pytest.raises(ZeroDivisionError), Run.open(tmp_path / "s", CONFIG):
+        1 / 0  # noqa: B018
+    assert (tmp_path / "s/run.json").exists()  # a fault is not bad input: what there is may explain it
+
+
 def test_resume_needs_a_run_with_the_same_config(tmp_path):
     with pytest.raises(InputError, match="nothing to resume in .*none"):
         Run.open(tmp_path / "none", CONFIG, resume=True)
