@@ -149,7 +149,7 @@ class Run:
             self._discard_unused()
 
     def _discard_unused(self) -> None:
-        """A new run that bad input ended before it wrote anything leaves the directory free for the corrected command."""
+        """After bad input ended a new run before it wrote anything: frees the directory for the corrected command."""
         names = {"config.json", "environment.json", "run.json", "metrics.jsonl"}
         files = list(self.dir.iterdir())
         if {f.name for f in files} <= names and not self.metrics_path.stat().st_size:
