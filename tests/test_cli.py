@@ -207,7 +207,9 @@ def test_inspect_estimate_formats(here, packed, capsys):
     estimate = run(capsys, "estimate", "m", "--format", "int4:g8")
     assert estimate["bytes"] == stats["stored_bytes"]
     assert estimate["bits_per_weight"] == pytest.approx(stats["bits_per_weight"])
-    listed = {f["name"]: f for f in run(capsys, "formats")["formats"]}
+    formats = run(capsys, "formats")
+    listed = {f["name"]: f for f in formats["formats"]}
+    assert {"name": "int8:token:bitnet", "bits": 8} in formats["activations"]
     assert listed["int4:g64"]["bits_per_weight"] == 4.25 and listed["q4_0"]["trainable"] is True
 
 

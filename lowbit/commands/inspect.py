@@ -171,13 +171,15 @@ def kept_dtypes(params: Any) -> dict[str, str]:
 
 @dataclasses.dataclass(frozen=True)
 class Formats:
-    """List the formats: names, bits per weight on a 4096 x 4096 matrix, whether they can be trained."""
+    """List the formats: of weights, with bits per weight on a 4096 x 4096 matrix and whether they can be trained, and
+    of activations, with bits of a code."""
 
     json: Flag = False
     """Print one JSON object, and nothing else, on standard output."""
 
     def main(self) -> Result:
         from lowbit.formats import base
+        from lowbit.formats.fake_quant import ACTS, get_act
         from lowbit.plan import encoded_bytes
 
         rows = []
@@ -185,9 +187,12 @@ class Formats:
             fmt = base.get(name)
             bits = 8 * encoded_bytes(fmt, (4096, 4096)) / 4096**2
             rows.append({"name": name, "bits_per_weight": bits, "trainable": fmt.trainable, "tile": fmt.tile})
-        width = max(len(r["name"]) for r in rows)
+        acts = [{"name": name, "bits": get_act(name).bits} for name in ACTS]
+        width = max(len(r["name"]) for r in rows + acts)
         text = "\n".join(
             [f"{'name'.ljust(width)}  bits/weight  trained"]
             + [f"{r['name'].ljust(width)}  {r['bits_per_weight']:11.4f}  {_yes(r['trainable'])}" for r in rows]
+            + ["", f"{'activations (path:in)'.ljust(width)}  bits"]
+            + [f"{r['name'].ljust(width)}  {r['bits']}" for r in acts]
         )
-        return result({"formats": rows}, text)
+        return result({"formats": rows, "activations": acts}, text)

@@ -30,7 +30,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from lowbit.errors import InputError
 
@@ -177,6 +177,10 @@ class Format:
         """Cotangents of `fake_quant` for `w` and `params`; the policy (clip, scale gradient) is the format's own."""
         raise TypeError(f"{self.name} has no gradient")
 
+    def passes(self, w_OI: Float[Array, "O I"], stored: Params) -> Bool[Array, "O I"]:
+        """Which weights `vjp` passes the gradient to, by declaration: all of them unless there is a clip policy."""
+        return jnp.ones(w_OI.shape, bool)
+
     def check_values(self, w_OI: Float[Array, "O I"], params: Params) -> None:
         """Raises `FormatError` when these weights or parameters cannot be stored. Called with concrete arrays only:
         a traced program cannot raise, there NaN propagates and an overflowing scale saturates."""
@@ -217,6 +221,12 @@ class Format:
             params = jax.lax.stop_gradient(_init(self, w_OI.astype(jnp.float32)))
         return _fake_quant(self, w_OI, params)
 
+    def gradient_fraction(self, w_OI: Float[Array, "O I"], params: Params | None = None) -> float:
+        """The declared share of the weights whose `fake_quant` gradient is not blocked: 1 without a clip policy, else
+        those inside its range. `params=None` fits them to `w`."""
+        w32 = w_OI.astype(jnp.float32)
+        return float(_fraction(self, w32, _init(self, w32) if params is None else params))
+
     def fit_block(self, w_OI: Float[Array, "O I"], importance: Any = None) -> Params:
         """Solver hook: parameters for one block of columns."""
         return self.init(w_OI, importance)
@@ -235,6 +245,21 @@ class Format:
 @partial(jax.jit, static_argnums=0)
 def _init(fmt: Format, w: Array) -> Params:
     return fmt.init(w)
+
+
+@partial(jax.jit, static_argnums=0)
+def _fraction(fmt: Format, w: Array, params: Params) -> Array:
+    return jnp.mean(fmt.passes(w, fmt.stored(params)).astype(jnp.float32))
+
+
+def unpacked(q: QTensor) -> tuple[Int[Array, "O I"], Params]:
+    """`q.format.unpack` of its arrays in one compiled program for a format and a shape."""
+    return _unpack(q.format, q.shape, q.arrays)
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _unpack(fmt: Format, shape: tuple[int, int], arrays: dict[str, Array]) -> tuple[Array, Params]:
+    return fmt.unpack(arrays, shape)
 
 
 @partial(jax.jit, static_argnums=0)

@@ -32,6 +32,7 @@ from jaxtyping import Array, Bool, Float
 
 from lowbit.errors import unknown
 from lowbit.formats.base import FormatError
+from lowbit.formats.reduce import order_free_mean
 
 Clip = str | float
 Levels = tuple[int, int] | tuple[float, float]
@@ -153,9 +154,10 @@ class TokenInt:
     """Signed integers with one dynamic float32 scale per token (the last axis), for the input of a linear.
 
     Without `bitnet`: `s = max|x| / (2^(b-1) - 1)`, `x_hat = rne(x / s) * s`; a zero token stays zero. With `bitnet`,
-    the papers' spellings: int8 `s = 127 / max(max|x|, 1e-5)`, `x_hat = clip(rne(x * s), -128, 127) / s` (b1.58); int4
+    the papers' formulas: int8 `s = 127 / max(max|x|, 1e-5)`, `x_hat = clip(rne(x * s), -128, 127) / s` (b1.58); int4
     absmean, `b / sqrt7 * clip(rne(x * sqrt7 / (b + 1e-5)), -8, 7)` with `b = mean|x|` (a4.8, arXiv 2411.04965).
-    The gradient is straight-through under `clip`; the scale is dynamic and gets none.
+    The gradient is straight-through under `clip`; the scale is dynamic and gets none. Eager, jitted and inside of a
+    larger program the values are the same bits.
     """
 
     width: int
@@ -168,31 +170,61 @@ class TokenInt:
         clip = [f"fixed{self.clip:g}"] if isinstance(self.clip, float) else clip
         return ":".join([f"int{self.width}:token", *["bitnet"] * self.bitnet, *clip])
 
+    def check(self, shape: tuple[int, ...]) -> None:
+        """Raises `FormatError` when an input of this shape has no tokens or features; any length will do."""
+        if len(shape) < 1 or shape[-1] < 1:
+            raise FormatError(f"{self.name}: input of shape {tuple(shape)} (must be [..., features], 1 or more)")
+
+    @property
+    def bits(self) -> int:
+        """Of a code; a token's scale adds 32."""
+        return self.width
+
+    def gradient_fraction(self, x: Float[Array, "*batch I"]) -> float:
+        """The declared share of the inputs whose gradient is not blocked (see `Format.gradient_fraction`)."""
+        x32, half = x.astype(jnp.float32), 2 ** (self.width - 1)
+        return float(jnp.mean(inside(x32, self.codes(x32)[0], 0.0, (-half, half - 1), self.clip)))
+
     def fake_quant(self, x: Float[Array, "*batch I"]) -> Float[Array, "*batch I"]:
-        """Quantized and dequantized in float32, returned in `x`'s dtype."""
+        """Quantized and dequantized in float32, returned in `x`'s dtype.
+
+        Raises `FormatError` on a shape without features and, outside of jit, on NaN or infinity; inside of it, where
+        nothing can raise, they turn their token to NaN.
+        """
+        self.check(x.shape)
+        if not isinstance(x, jax.core.Tracer):
+            values = np.asarray(x, np.float32)  # numpy: a constant inside of jit is concrete, but jnp would trace it
+            if not np.isfinite(values).all():
+                at = np.argwhere(~np.isfinite(values))[0]
+                raise FormatError(f"{self.name}: input {at.tolist()} is {values[tuple(at)]} (must be finite)")
         return _token(self, x)
 
-    def step(self, x32: Float[Array, "*batch I"]) -> Float[Array, "*batch 1"]:
-        """The value of one code."""
+    def codes(self, x32: Float[Array, "*batch I"]) -> tuple[Float[Array, "*batch I"], Float[Array, "*batch 1"]]:
+        """`x` in codes, neither rounded nor clipped, and the value of one code.
+
+        Never `a / (b / c)` or a sum of floats: a compiler rewrites the one and reorders the other, and then jitted
+        programs would see other bits than eager ones.
+        """
         if self.bitnet and self.width == 4:
-            return (jnp.mean(jnp.abs(x32), axis=-1, keepdims=True) + 1e-5) * np.float32(7**-0.5)
-        top = jnp.max(jnp.abs(x32), axis=-1, keepdims=True)
-        return jnp.maximum(top, 1e-5 if self.bitnet else 1e-30) * np.float32(1 / (2 ** (self.width - 1) - 1))
+            mean = absmean(x32)
+            return x32 * (np.float32(7**0.5) / (mean + 1e-5)), mean * np.float32(7**-0.5)
+        n = 2 ** (self.width - 1) - 1
+        top = jnp.maximum(jnp.max(jnp.abs(x32), axis=-1, keepdims=True), 1e-5 if self.bitnet else 1e-30)
+        step = top * np.float32(1 / n)
+        return x32 * (n / top) if self.bitnet else x32 / step, step
+
+
+def absmean(x: Float[Array, "*batch I"]) -> Float[Array, "*batch 1"]:
+    """Mean magnitude of each token, the same bits in any program."""
+    tokens_OGK = jnp.abs(x).reshape(x.shape[0] if x.ndim > 1 else 1, -1, x.shape[-1])
+    return order_free_mean(tokens_OGK).reshape(*x.shape[:-1], 1)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _token(act: TokenInt, x: Array) -> Array:
-    x32 = x.astype(jnp.float32)
-    if act.bitnet and act.width == 8:
-        inverse = 127.0 / jnp.maximum(jnp.max(jnp.abs(x32), axis=-1, keepdims=True), 1e-5)
-        y = jnp.clip(jnp.round(x32 * inverse), -128, 127) / inverse
-    elif act.bitnet:
-        mean = jnp.mean(jnp.abs(x32), axis=-1, keepdims=True)
-        y = jnp.clip(jnp.round(x32 * (np.float32(7**0.5) / (mean + 1e-5))), -8, 7) * (mean * np.float32(7**-0.5))
-    else:
-        half, step = 2 ** (act.width - 1), act.step(x32)
-        y = jnp.clip(jnp.round(x32 / step), -half, half - 1) * step
-    return y.astype(x.dtype)
+    half = 2 ** (act.width - 1)
+    codes, step = act.codes(x.astype(jnp.float32))
+    return (jnp.clip(jnp.round(codes), -half, half - 1) * step).astype(x.dtype)
 
 
 def _token_fwd(act: TokenInt, x: Array):
@@ -203,12 +235,22 @@ def _token_bwd(act: TokenInt, x: Array | None, g: Array):
     if x is None:
         return (g,)
     half, x32 = 2 ** (act.width - 1), x.astype(jnp.float32)
-    return (jnp.where(inside(x32, x32 / act.step(x32), 0.0, (-half, half - 1), act.clip), g, 0.0),)
+    return (jnp.where(inside(x32, act.codes(x32)[0], 0.0, (-half, half - 1), act.clip), g, 0.0),)
 
 
 _token.defvjp(_token_fwd, _token_bwd)
 
-ACTS = ("int8:token", "int4:token", "int8:token:bitnet", "int4:token:bitnet")
+
+# The names that `lowbit formats` lists and that the conformance suite runs; each takes any of the gradient policies.
+ACTS = (
+    "int8:token",
+    "int4:token",
+    "int8:token:bitnet",
+    "int4:token:bitnet",
+    "int8:token:fixed2",
+    "int4:token:rounded",
+    "int4:token:bitnet:clip",
+)
 
 
 def get_act(name: str) -> TokenInt:

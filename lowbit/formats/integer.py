@@ -16,13 +16,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange, repeat
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from lowbit.errors import unknown
-from lowbit.formats.base import Affine, Format, FormatError, Params, QTensor, register
+from lowbit.formats.base import Affine, Format, FormatError, Params, QTensor, register, unpacked
 from lowbit.formats.fake_quant import Clip, inside, uniform_gradients
-from lowbit.formats.floats import LARGEST, SMALLEST_SCALE, STORAGE, power_of_two, round_to
+from lowbit.formats.floats import LARGEST, SMALLEST_SCALE, STORAGE, round_to
 from lowbit.formats.packing import pack, unpack
+from lowbit.formats.reduce import order_free_mean, over_last
 
 # Factors on the absmax (or min-max) scale that `:mse` tries; 1.0 is among them, so it never loses to no search.
 SHRINK = np.linspace(0.4, 1.15, 31, dtype=np.float32)
@@ -185,12 +186,16 @@ class Uniform(Format):
             grads["zero"] = self.reduce(jnp.add, self._blocks(-scale * out)) * self.grad_factor(w_OI.shape)
         return gw, grads
 
+    def passes(self, w_OI: Float[Array, "O I"], stored: Params) -> Bool[Array, "O I"]:
+        scale, zero, low = (spread(stored[k], w_OI.shape) if k in stored else 0.0 for k in ("scale", "zero", "min"))
+        return inside(w_OI, (w_OI - low) / scale, zero, self.levels, self.clip)
+
     def grad_factor(self, shape: tuple[int, ...]) -> float:
         """LSQ's `g = 1 / sqrt(N * Qp)`, N the weights of the layer, under the `lsq` policy; else 1."""
         return 1.0 / math.sqrt(shape[0] * shape[1] * self.levels[1]) if self.clip == "lsq" else 1.0
 
     def affine(self, q: QTensor) -> Affine:
-        codes, stored = self.unpack(q.arrays, q.shape)
+        codes, stored = unpacked(q)
         group = self.group(q.shape)
         full = (q.shape[0], q.shape[1] // group)
         scale = np.broadcast_to(np.asarray(stored["scale"]), full)
@@ -216,10 +221,12 @@ class Integer(Uniform):
     - `signmax`: `v / -2^(N-1)`, v the *signed* entry of largest magnitude (Q4_0's rule): no clipping at the extreme
       and the lowest error of the three, but the scale may be negative, which some runtimes do not expect.
     - `minmax` (asymmetric, default there): `(max(w, 0) - min(w, 0)) / (2^N - 1)`, `zero = rne(-min / scale)`.
-    - `mse`: the above times the factor out of `SHRINK` with the least squared error in each group.
+    - `mse`: the default times the factor out of `SHRINK` with the least squared error in each group.
+    - `signmse`: the same for `signmax`; the lowest error of all at few bits.
 
     `int1` has two levels, `+s` and `-s` (codes +1 and -1, one bit stored; sign(0) = +1) with `s = mean|w|`, the least
-    squares scale for signs (XNOR-Net; BitNet's beta). Trained scales follow LSQ (arXiv 1902.08153), zero points
+    squares scale for signs (XNOR-Net; BitNet's beta). `int1:asym` is the asymmetric rule at N = 1: the levels are
+    `{0, s}` or `{-s, 0}`, which suits weights of one sign. Trained scales follow LSQ (arXiv 1902.08153), zero points
     EfficientQAT (arXiv 2407.11062).
     """
 
@@ -239,8 +246,13 @@ class Integer(Uniform):
         return self.width
 
     @property
+    def signs(self) -> bool:
+        """Whether the codes are +1 and -1, without a 0 (symmetric int1)."""
+        return self.width == 1 and not self.asym
+
+    @property
     def levels(self) -> tuple[int, int]:
-        if self.width == 1:
+        if self.signs:
             return (-1, 1)
         return (0, 2**self.width - 1) if self.asym else (-(2 ** (self.width - 1)), 2 ** (self.width - 1) - 1)
 
@@ -250,14 +262,14 @@ class Integer(Uniform):
 
     @property
     def signed_scale(self) -> bool:
-        return self.calibration == "signmax"
+        return self.calibration in ("signmax", "signmse")
 
     @property
     def searched(self) -> bool:
-        return self.calibration == "mse"
+        return self.calibration in ("mse", "signmse")
 
     def fit(self, w_OGK: Float[Array, "O G K"]) -> Params:
-        if self.width == 1:
+        if self.signs:
             return {"scale": self.mean(jnp.abs(w_OGK))}
         if self.asym:
             low = jnp.minimum(self.reduce(jnp.minimum, w_OGK), 0.0)
@@ -271,22 +283,22 @@ class Integer(Uniform):
         return {"scale": top * np.float32(1 / (half if self.width <= 4 else half - 1))}
 
     def quantize(self, w_OI: Float[Array, "O I"], stored: Params) -> Int[Array, "O I"]:
-        if self.width == 1:
+        if self.signs:
             return jnp.where(w_OI >= 0, 1, -1).astype(jnp.int32)
         return super().quantize(w_OI, stored)
 
     def pack_codes(self, codes_OI: Int[Array, "O I"]) -> Array:
-        return pack((codes_OI > 0).astype(jnp.int32), 1) if self.width == 1 else super().pack_codes(codes_OI)
+        return pack((codes_OI > 0).astype(jnp.int32), 1) if self.signs else super().pack_codes(codes_OI)
 
     def unpack_codes(self, packed: Array, shape: tuple[int, int]) -> Int[Array, "O I"]:
-        return 2 * unpack(packed, 1, shape[1]) - 1 if self.width == 1 else super().unpack_codes(packed, shape)
+        return 2 * unpack(packed, 1, shape[1]) - 1 if self.signs else super().unpack_codes(packed, shape)
 
     def vjp(self, w_OI: Float[Array, "O I"], params: Params, g_OI: Float[Array, "O I"]) -> tuple[Array, Params]:
-        if self.width > 1:
+        if not self.signs:
             return super().vjp(w_OI, params, g_OI)
         stored = self.stored(params)
         ratio = w_OI / spread(stored["scale"], w_OI.shape)
-        gw = g_OI if self.clip == "none" else jnp.where(inside(w_OI, ratio, 0.0, (-1, 1), self.clip), g_OI, 0.0)
+        gw = g_OI if self.clip == "none" else jnp.where(inside(w_OI, ratio, 0.0, self.levels, self.clip), g_OI, 0.0)
         gs = self._blocks(g_OI * self.quantize(w_OI, stored).astype(jnp.float32))  # ParetoQ: d w_hat / d s = sign(w)
         return gw, {"scale": self.reduce(jnp.add, gs) * self.grad_factor(w_OI.shape)}
 
@@ -296,42 +308,10 @@ def spread(scale_RG: Float[Array, "R G"], shape: tuple[int, ...]) -> Float[Array
     return repeat(scale_RG, "r g -> r (g k)", k=shape[1] // scale_RG.shape[1])
 
 
-def over_last(f: Any, x_OGK: Array) -> Array:
-    """`f.reduce(x, axis=-1)` of an associative ufunc. Small groups are halved three times first, which is elementwise
-    and vectorizes on CPUs (a reduction along a short contiguous axis does not, and takes 3 times longer). Long rows are
-    left alone: they may be split over devices, where halving would move data."""
-    k = x_OGK.shape[-1]
-    if k % 8 == 0 and k <= 512:
-        for half in (k // 2, k // 4, k // 8):
-            x_OGK = f(x_OGK[..., :half], x_OGK[..., half:])
-    return f.reduce(x_OGK, axis=-1)
-
-
 def signed_max(fmt: Uniform, w_OGK: Float[Array, "O G K"]) -> Float[Array, "R G"]:
     """The entry of largest magnitude with its sign; the positive one on ties."""
     high, low = fmt.reduce(jnp.maximum, w_OGK), fmt.reduce(jnp.minimum, w_OGK)
     return jnp.where(high >= -low, high, low)
-
-
-def order_free_mean(x_OGK: Float[Array, "O G K"], over_rows: bool = False) -> Float[Array, "R G"]:
-    """Mean of non-negative values over K (and O), the same bits whatever the order of summation.
-
-    A float sum depends on how a compiler or a mesh splits it, and a scale that differs in the last bit flips codes. So
-    values become integers of a common power-of-two step: at least 29 - log2(K) bits of the largest one. A sum over
-    rows then drops the low bits that it needs room for, rounded. Relative error below 2^-18 for any K up to 2^20.
-    """
-    O, _, K = x_OGK.shape
-    top = over_last(jnp.maximum, x_OGK)[:, :, None]
-    top = jnp.max(top, axis=0, keepdims=True) if over_rows else top
-    unit = jnp.maximum(power_of_two(top), 2.0**-90)
-    bits = 29 - max(K - 1, 0).bit_length()
-    whole = jnp.round(x_OGK * (np.float32(2.0**bits) / unit)).astype(jnp.int32)
-    total, drop, n = over_last(jnp.add, whole)[:, :, None], 0, K
-    if over_rows:
-        drop, n = max(O - 1, 0).bit_length(), O * K
-        total = jnp.sum((total + (1 << drop >> 1)) >> drop, axis=0, keepdims=True)
-    mean = total.astype(jnp.float32) * np.float32(1 / n) * (unit * np.float32(2.0 ** (drop - bits)))
-    return rearrange(mean, "r g 1 -> r g")
 
 
 # -- names ------------------------------------------------------------------------------------------------------------
@@ -339,7 +319,7 @@ def order_free_mean(x_OGK: Float[Array, "O G K"], over_rows: bool = False) -> Fl
 _KINDS = {
     "granularity": r"tensor|channel|g([1-9]\d*)",
     "zero": r"asym",
-    "calibration": r"absmax|signmax|minmax|mse|absmean",
+    "calibration": r"absmax|signmax|minmax|mse|signmse|absmean",
     "clip": r"clip|rounded|lsq|fixed(\d+(?:\.\d+)?)",
     "storage": r"f32|fp16|bf16",
     "search": r"mse",
@@ -347,7 +327,7 @@ _KINDS = {
 _SAMPLES = {
     "granularity": ["tensor", "channel", "g64"],
     "zero": ["asym"],
-    "calibration": ["absmax", "signmax", "minmax", "mse"],
+    "calibration": ["absmax", "signmax", "minmax", "mse", "signmse"],
     "clip": ["clip", "rounded", "lsq", "fixed2"],
     "storage": ["f32", "fp16", "bf16"],
     "search": ["mse"],
@@ -377,7 +357,7 @@ def parse_keys(family: str, keys: list[str], kinds: list[str]) -> dict[str, Any]
 
 
 def _default_calibration(width: int, asym: bool) -> str:
-    return "absmean" if width == 1 else "minmax" if asym else "absmax"
+    return "minmax" if asym else "absmean" if width == 1 else "absmax"
 
 
 def _parser(width: int):
@@ -385,11 +365,9 @@ def _parser(width: int):
         family = f"int{width}"
         found = parse_keys(family, keys, ["granularity", "zero", "calibration", "clip", "storage"])
         asym = found.pop("zero", False)
-        if asym and width == 1:
-            raise FormatError("int1:asym (int1 is symmetric: its levels are +s and -s)")
         default = _default_calibration(width, asym)
         calibration = found.pop("calibration", default)
-        allowed = [default] if width == 1 else ["minmax", "mse"] if asym else ["absmax", "signmax", "mse"]
+        allowed = ["minmax", "mse"] if asym else [default] if width == 1 else ["absmax", "signmax", "mse", "signmse"]
         if calibration not in allowed:
             which = "asymmetric " if asym else ""
             raise FormatError(f"calibration {calibration!r} of {which}{family} (allowed: {', '.join(allowed)})")
@@ -398,15 +376,24 @@ def _parser(width: int):
     return parse
 
 
+# Every two of width, granularity, zero point and calibration occur together (int1 without a zero point: absmean only).
 _EXAMPLES = {
-    1: ["int1", "int1:g64"],
-    2: ["int2", "int2:g64", "int2:g64:asym", "int2:g64:mse"],
-    3: ["int3:g64", "int3:tensor:lsq", "int3:g64:asym:rounded"],
-    4: ["int4", "int4:g64", "int4:g64:asym", "int4:g32:signmax", "int4:g64:clip:bf16", "int4:g128:mse:f32"],
-    5: ["int5:g64"],
-    6: ["int6:g64:fixed2"],
-    7: ["int7:g64"],
-    8: ["int8", "int8:tensor", "int8:g32:asym"],
+    1: ["int1", "int1:g64", "int1:tensor:asym", "int1:g64:asym:mse"],
+    2: ["int2", "int2:g64", "int2:g64:asym", "int2:g64:mse", "int2:g64:signmse:lsq", "int2:tensor:asym:mse"],
+    3: ["int3:g64", "int3:tensor:lsq", "int3:g64:asym:rounded", "int3:channel:asym:mse"],
+    4: [
+        "int4",
+        "int4:g64",
+        "int4:g64:asym",
+        "int4:g32:signmax",
+        "int4:g64:clip:bf16",
+        "int4:g128:mse:f32",
+        "int4:tensor:mse",
+    ],
+    5: ["int5:g64", "int5:tensor:asym", "int5:channel:mse"],
+    6: ["int6:g64:fixed2", "int6:channel:asym", "int6:tensor:mse"],
+    7: ["int7:g64", "int7:channel:mse", "int7:tensor:asym:mse"],
+    8: ["int8", "int8:tensor", "int8:g32:asym", "int8:g64:mse"],
 }
 for _width, _names in _EXAMPLES.items():
     register(f"int{_width}", _parser(_width), _names)

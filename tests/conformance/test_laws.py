@@ -1,5 +1,7 @@
 """The laws of `docs/architecture.md`, over every registered format. A new format inherits all of them."""
 
+import functools
+import itertools
 import math
 import os
 import subprocess
@@ -16,29 +18,46 @@ from battery import SHAPE, same_bits, same_tree, weights
 from lowbit.formats import base
 from lowbit.formats.base import FormatError, Latent, QTensor
 from lowbit.formats.fake_quant import QuantizedInput, get_act
+from lowbit.formats.floats import FloatFormat
+from lowbit.formats.ggml import GGML
 from lowbit.formats.integer import Integer, Uniform
 from lowbit.kernels.qdot import qdot
 
 NAMES = base.names()
 W = weights()
 X = np.random.default_rng(1).standard_normal((3, SHAPE[1])).astype(np.float32)
-uniform = pytest.mark.parametrize("name", [n for n in NAMES if isinstance(base.get(n), Uniform)])
-every = pytest.mark.parametrize("name", NAMES)
-# The laws that compile large programs run over these variants of others only with `-m slow`.
-VARIANTS = """f32 fp16 int1:channel int2:channel int2:g64:asym int2:g64:mse int3:g64 int3:tensor:lsq int4:g32:signmax
-int4:g128:mse:f32 int5:g64 int6:g64:fixed2 int7:g64 int8:tensor int8:g32:asym ternary:channel ternary:g64:lsq
-ternary:tensor:f32 q2_0:mse""".split()
-most = pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[pytest.mark.slow] if n in VARIANTS else []) for n in NAMES]
-)
+# Formats that add no pair of choices to the others run with `-m slow` only.
+SPARE = """f32 int2:g64 int2:g64:mse int3:g64 ternary:channel ternary:g64:lsq ternary:tensor:f32 q4_0:mse:lsq
+q2_0:mse""".split()
+# The laws that compile large programs run over one format of each code path by default.
+MOST = """bf16 int1:g64 int2:tensor:asym:mse int3:g64:asym:rounded int4:g64 int4:g64:clip:bf16 ternary:tensor
+q4_0 q4_1 tq1_0""".split()
+REST = [n for n in NAMES if n not in MOST]
+
+
+def over(names: list[str], slow: list[str]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize(
+        "name", [pytest.param(n, marks=[pytest.mark.slow] if n in slow else []) for n in names]
+    )
+
+
+every, most = over(NAMES, SPARE), over(NAMES, REST)
+uniform = over([n for n in NAMES if isinstance(base.get(n), Uniform)], SPARE)
+
+
+@functools.cache
+def encoded(name: str, what: str) -> QTensor:
+    return base.get(name).encode(jnp.asarray(W[what]))
 
 
 def by_operation(fmt: base.Format, w: jax.Array, params: base.Params) -> tuple[dict, jax.Array, jax.Array]:
     """Encode, decode and fake-quantize one operation at a time: what eager execution really means."""
     stored = fmt.stored(params)
-    arrays = fmt.pack(fmt.quantize(w.astype(jnp.float32), stored), stored)
-    codes, back = fmt.unpack(arrays, w.shape)
-    return arrays, fmt.dequantize(codes, back).astype(w.dtype), fmt.fake_quant(w, params)
+    codes = fmt.quantize(w.astype(jnp.float32), stored)
+    arrays = fmt.pack(codes, stored)
+    codes_back, stored_back = fmt.unpack(arrays, w.shape)
+    assert codes.dtype == jnp.int32 and same_bits(codes, codes_back) and same_tree(stored, stored_back)
+    return arrays, fmt.dequantize(codes_back, stored_back).astype(w.dtype), fmt.fake_quant(w, params)
 
 
 # -- names and registry -----------------------------------------------------------------------------------------------
@@ -51,11 +70,25 @@ def test_names_are_canonical_and_parse_back():
         assert fmt.name == name and base.get(f" {name.upper()} ") == fmt and hash(base.get(name)) == hash(fmt)
 
 
+def test_integer_examples_cover_every_pair():
+    """Width, zero point, granularity and calibration, two by two; symmetric int1 has one calibration only."""
+    grids = [f for f in map(base.get, NAMES) if isinstance(f, Integer) and f.name not in SPARE]
+    kinds = [
+        (f.width, f.asym, f.granularity if isinstance(f.granularity, str) else "group", f.searched)
+        for f in grids
+    ]
+    choices = (range(1, 9), (False, True), ("tensor", "channel", "group"), (False, True))
+    for a, b in itertools.combinations(range(4), 2):
+        missing = set(itertools.product(choices[a], choices[b])) - {(k[a], k[b]) for k in kinds}
+        assert not missing
+
+
 @pytest.mark.parametrize(
     "spelled, canonical",
     [
         ("int4", "int4:channel"),
         ("int4:asym:g64", "int4:g64:asym"),
+        ("int1:minmax:asym", "int1:channel:asym"),
         ("int8:fp16:tensor:absmax", "int8:tensor"),
         ("int4:bf16:clip:mse:g32:asym", "int4:g32:asym:mse:clip:bf16"),
         ("int2:g64:fixed0.50", "int2:g64:fixed0.5"),
@@ -84,7 +117,8 @@ def test_train_law(name: str):
     for what, array in W.items():
         w = jnp.asarray(array)
         params = Latent(w, {}, fmt).dynamic_params()
-        if what == "mixed" and not getattr(fmt, "searched", False):  # a search is one scan anyway, and slow to trace
+        # A search is one scan anyway, and slow to trace; ggml's fits are functions of the integers and of ternary.
+        if what == "mixed" and not getattr(fmt, "searched", False) and not isinstance(fmt, GGML):
             assert same_tree(fmt.init(w), params)
         arrays, decoded, faked = by_operation(fmt, w, params)
         assert np.isfinite(np.asarray(decoded)).all(), what
@@ -95,15 +129,17 @@ def test_train_law(name: str):
         inner, dynamic, trained, inner_arrays, _ = larger(w, params, q, X)
         assert same_bits(inner, decoded) and same_bits(trained, decoded) and same_tree(inner_arrays, arrays), what
         # Scales fitted inside the training step are those that the export fits, to the bit.
-        assert same_bits(dynamic, fmt.encode(w).decode()), what
+        assert same_bits(dynamic, encoded(name, what).decode()), what
 
 
-@every
+@most
 def test_train_law_bf16_and_trained_parameters(name: str):
     fmt = base.get(name)
     w = jnp.asarray(W["normal"], jnp.bfloat16)
     noise = np.random.default_rng(2)
-    params = jax.tree.map(lambda p: p * noise.uniform(0.5, 1.5, p.shape).astype(np.float32), fmt.init(w.astype("f4")))
+    params = jax.tree.map(
+        lambda p: p * noise.uniform(0.5, 1.5, p.shape).astype(np.float32), base._init(fmt, w.astype("f4"))
+    )
     _, decoded, faked = by_operation(fmt, w, params)
     q = fmt.encode(w, params)
     assert decoded.dtype == jnp.bfloat16 and q.dtype == "bfloat16"
@@ -112,25 +148,14 @@ def test_train_law_bf16_and_trained_parameters(name: str):
     assert same_bits(Latent(w, params, fmt).value(), decoded)
 
 
-@every
-def test_unpack_is_the_inverse_of_pack(name: str):
-    fmt, w = base.get(name), jnp.asarray(W["mixed"])
-    stored = fmt.stored(fmt.init(w))
-    codes = fmt.quantize(w, stored)
-    assert codes.dtype == jnp.int32
-    back, stored_back = fmt.unpack(fmt.pack(codes, stored), w.shape)
-    assert same_bits(codes, back) and same_tree(stored, stored_back)
-
-
 # -- law 2: other decoders read the same weights ----------------------------------------------------------------------
 
 
 @every
 def test_affine_reconstructs_decode(name: str):
-    fmt = base.get(name)
-    for what, array in W.items():
-        q = fmt.encode(jnp.asarray(array))
-        affine = fmt.affine(q)
+    for what in W:
+        q = encoded(name, what)
+        affine = q.format.affine(q)
         if affine is None:
             assert name in ("f32", "fp16", "bf16")
             return
@@ -156,11 +181,11 @@ def foreign_decode(type: str, blocks: np.ndarray) -> np.ndarray:
 def test_ggml_blocks_decode_to_the_same_weights(name: str):
     gguf_types = pytest.importorskip("lowbit.export.gguf_types")
     translate = pytest.importorskip("lowbit.export.translate")
-    fmt, ggml_type = base.get(name), name.split(":")[0].upper()
-    if fmt.affine(fmt.encode(jnp.asarray(W["normal"]))) is None:
+    ggml_type = name.split(":")[0].upper()
+    if isinstance(base.get(name), FloatFormat):
         return
-    for what, array in W.items():
-        q = fmt.encode(jnp.asarray(array))
+    for what in W:
+        q = encoded(name, what)
         grid = translate.grid(q)
         types = translate.exact_types(grid)
         assert ggml_type in types or ggml_type not in gguf_types.TYPES, what
@@ -176,7 +201,7 @@ def test_ggml_blocks_decode_to_the_same_weights(name: str):
 
 @every
 def test_size_law(name: str):
-    q = base.get(name).encode(jnp.asarray(W["normal"]))
+    q = encoded(name, "normal")
     written = sum(len(np.asarray(a).tobytes()) for a in q.arrays.values())
     assert q.nbytes == written and q.bits_per_weight == 8 * written / math.prod(SHAPE)
     assert all(np.dtype(a.dtype).itemsize * 8 >= 8 and "int4" not in str(a.dtype) for a in q.arrays.values())
@@ -188,6 +213,7 @@ def test_size_law(name: str):
         ("f32", 32),
         ("bf16", 16),
         ("int1:g64", 1.25),
+        ("int1:g64:asym", 1 + (16 + 1) / 64),
         ("int2:g64", 2.25),
         ("int3:channel", 3 + 16 / 512),
         ("int4:g64", 4.25),
@@ -204,7 +230,8 @@ def test_size_law(name: str):
     ],
 )
 def test_declared_bits(name: str, bits: float):
-    assert base.get(name).encode(jnp.asarray(W["normal"])).bits_per_weight == bits
+    fmt = base.get(name)
+    assert jax.eval_shape(fmt.encode, jax.ShapeDtypeStruct(SHAPE, "f4")).bits_per_weight == bits
 
 
 # -- law 4: gradients -------------------------------------------------------------------------------------------------
@@ -216,7 +243,7 @@ def published(fmt: Uniform, w: np.ndarray, stored: dict[str, np.ndarray], g: np.
     wide = {k: np.repeat(np.asarray(v, np.float64), w.shape[1] // v.shape[1], axis=1) for k, v in stored.items()}
     s, z, m = wide["scale"], wide.get("zero", 0.0), wide.get("min", 0.0)
     u = (w.astype(np.float64) - m) / s
-    if isinstance(fmt, Integer) and fmt.width == 1:
+    if isinstance(fmt, Integer) and fmt.signs:
         mask = np.ones(w.shape, bool) if fmt.clip == "none" else np.abs(u) <= 1
         return {"w": np.where(mask, g, 0), "scale": g * np.where(w >= 0, 1, -1)}
     r = np.rint(u) + z
@@ -242,10 +269,10 @@ def published(fmt: Uniform, w: np.ndarray, stored: dict[str, np.ndarray], g: np.
 def gradient_weights(fmt: Uniform) -> tuple[jax.Array, base.Params]:
     """Weights, with parameters on powers of two so that many lie exactly on the grid's ends and on rounding ties."""
     w = jnp.asarray(W["ties"])
-    params = fmt.init(w)
+    params = base._init(fmt, w)
     params = {**params, "scale": jnp.full(params["scale"].shape, 2.0**-5, jnp.float32)}
     if "zero" in params:
-        params["zero"] = jnp.full(params["zero"].shape, 1.0 if fmt.levels[1] == 3 else 5.0)
+        params["zero"] = jnp.full(params["zero"].shape, 1.0 if fmt.levels[1] <= 3 else 5.0)
     if "min" in params:
         params["min"] = jnp.full(params["min"].shape, -(2.0**-4), jnp.float32)
     return w, params
@@ -253,32 +280,37 @@ def gradient_weights(fmt: Uniform) -> tuple[jax.Array, base.Params]:
 
 @uniform
 def test_gradient_law(name: str):
+    """The published cotangents, reaching the declared fraction of the weights, of a value that is the encoded one."""
     fmt = base.get(name)
     g = np.random.default_rng(3).standard_normal(SHAPE).astype(np.float32)
-    grad = jax.jit(jax.grad(lambda w, p: (fmt.fake_quant(w, p) * g).sum(), argnums=(0, 1)))
+
+    @jax.jit
+    def run(w, params):
+        value, pull = jax.vjp(fmt.fake_quant, w, params)
+        return value, *pull(jnp.asarray(g)), fmt.stored(params)
+
     normal = jnp.asarray(W["normal"])
-    for w, params in (gradient_weights(fmt), (normal, fmt.init(normal))):
-        gw, gp = grad(w, params)
-        want = published(fmt, np.asarray(w), {k: np.asarray(v) for k, v in fmt.stored(params).items()}, g)
+    for w, params in (gradient_weights(fmt), (normal, base._init(fmt, normal))):
+        value, gw, gp, stored = run(w, params)
+        assert same_bits(value, fmt.encode(w, params).decode())
+        want = published(fmt, np.asarray(w), {k: np.asarray(v) for k, v in stored.items()}, g)
         np.testing.assert_array_equal(gw, want["w"].astype(np.float32))
+        assert (g != 0).all() and np.count_nonzero(gw) == round(fmt.gradient_fraction(w, params) * w.size)
         assert gp.keys() == params.keys()
         for k, got in gp.items():
             each = want[k].reshape(SHAPE[0], -1, fmt.group(SHAPE))
             total = each.sum(axis=(0, 2) if fmt.granularity == "tensor" else 2, keepdims=True)[..., 0]
             np.testing.assert_allclose(got, total, rtol=1e-4, atol=2e-4 * np.abs(each).max())
+    # The last weights are fitted ones: most lie inside of every policy's range, and all where there is none.
+    share = np.count_nonzero(gw) / gw.size
+    assert share == 1 if fmt.clip in ("none", 2.0) else 0.5 < share < 1 or fmt.clip == "rounded"
+    assert fmt.gradient_fraction(normal) == fmt.gradient_fraction(normal, params)
 
 
-@every
-def test_gradient_reaches_the_declared_fraction(name: str):
-    """No policy: every weight, the absmax entry of each group included. A policy: all inside the clip range."""
-    fmt, w = base.get(name), jnp.asarray(W["normal"])
-    grad = jax.jit(jax.grad(lambda w: Latent(w, {}, fmt).value().sum()))(w)
-    clip = getattr(fmt, "clip", "none")
-    if clip in ("none", 2.0):
-        assert (np.asarray(grad) == 1).all()
-    else:
-        reached = float((np.asarray(grad) == 1).mean())
-        assert 0.5 < reached <= 1 and (np.asarray(grad)[np.asarray(grad) != 1] == 0).all()
+@pytest.mark.parametrize("name", [n for n in NAMES if isinstance(base.get(n), FloatFormat)])
+def test_gradient_of_floats_is_the_identity(name: str):
+    fmt, w = base.get(name), jnp.asarray(W["mixed"])
+    assert (jax.grad(lambda w: Latent(w, {}, fmt).value().sum())(w) == 1).all() and fmt.gradient_fraction(w) == 1
 
 
 @pytest.mark.parametrize("name", ["int4:g64", "int3:tensor:lsq", "int4:g64:asym", "ternary:channel", "q4_1", "q2_0"])
@@ -306,7 +338,7 @@ def test_scale_gradient_is_the_derivative_of_the_surrogate(name: str):
         return (level - z) * s + m
 
     g = np.random.default_rng(4).standard_normal(SHAPE)
-    got = jax.grad(lambda p: (fmt.fake_quant(jnp.asarray(W["normal"]), p) * g.astype(np.float32)).sum())(
+    got = jax.jit(jax.grad(lambda p: (fmt.fake_quant(jnp.asarray(W["normal"]), p) * g.astype(np.float32)).sum()))(
         jax.tree.map(jnp.float32, stored)
     )
     axis = (0, 2) if fmt.granularity == "tensor" else 2
@@ -320,9 +352,9 @@ def test_scale_gradient_is_the_derivative_of_the_surrogate(name: str):
 
 def test_dynamic_parameters_get_no_gradient_and_learned_ones_do():
     fmt, w = base.get("int4:g64:clip"), jnp.asarray(W["normal"])
-    learned = jax.grad(lambda l: jnp.square(l.value()).sum(), allow_int=True)(Latent(w, fmt.init(w), fmt))
+    learned = jax.jit(jax.grad(lambda l: jnp.square(l.value()).sum()))(Latent(w, base._init(fmt, w), fmt))
     assert (np.abs(np.asarray(learned.params["scale"])) > 0).all()
-    dynamic = jax.grad(lambda l: l.value().sum())(Latent(w, {}, fmt))
+    dynamic = jax.jit(jax.grad(lambda l: l.value().sum()))(Latent(w, {}, fmt))
     assert dynamic.params == {} and set(np.unique(dynamic.w)) <= {0.0, 1.0}  # nothing leaks through the absmax
 
 
@@ -331,11 +363,8 @@ def test_dynamic_parameters_get_no_gradient_and_learned_ones_do():
 
 @most
 def test_kernel_law(name: str):
-    fmt = base.get(name)
-    rng = np.random.default_rng(0)
-    w = rng.standard_normal((5, 256)).astype(np.float32) * 0.05
-    x = jnp.asarray(rng.standard_normal((2, 3, 256)), jnp.float32)
-    q = fmt.encode(jnp.asarray(w))
+    q = encoded(name, "normal")
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 3, SHAPE[1])), jnp.float32)
     want = np.asarray(x, np.float64) @ np.asarray(q.decode(), np.float64).T
     got = jax.jit(qdot)(x, q)
     assert got.shape == want.shape and got.dtype == jnp.float32
@@ -343,13 +372,15 @@ def test_kernel_law(name: str):
 
 
 def test_kernel_law_shapes_and_dtypes():
-    q = base.get("int4:g64").encode(jnp.asarray(W["normal"]))
-    w = np.asarray(q.decode(), np.float64)
-    for shape in ((), (1,), (7,), (2, 3)):
-        x = jnp.asarray(np.random.default_rng(0).standard_normal((*shape, SHAPE[1])), jnp.float32)
-        got = qdot(x, q)
-        assert got.shape == (*shape, SHAPE[0])
-        np.testing.assert_allclose(got, np.asarray(x, np.float64) @ w.T, rtol=1e-4, atol=1e-5)
+    for rows, columns, name in ((5, 192, "int3:g64"), (1, 33, "int5:channel"), (*SHAPE, "int4:g64")):
+        array = np.random.default_rng(1).standard_normal((rows, columns)).astype(np.float32)
+        q = base.get(name).encode(jnp.asarray(array if (rows, columns) != SHAPE else W["normal"]))
+        w = np.asarray(q.decode(), np.float64)
+        for shape in ((), (1,), (7,), (2, 3)) if rows == SHAPE[0] else ((2, 3),):
+            x = jnp.asarray(np.random.default_rng(0).standard_normal((*shape, columns)), jnp.float32)
+            got = qdot(x, q)
+            assert got.shape == (*shape, rows)
+            np.testing.assert_allclose(got, np.asarray(x, np.float64) @ w.T, rtol=1e-4, atol=1e-5)
     half = qdot(x.astype(jnp.bfloat16), q)
     assert half.dtype == jnp.bfloat16
     np.testing.assert_allclose(np.asarray(half, np.float32), np.asarray(x, np.float64) @ w.T, rtol=0.03, atol=0.03)
@@ -359,11 +390,11 @@ def test_kernel_law_shapes_and_dtypes():
     np.testing.assert_allclose(qdot(x, QuantizedInput(q, act)), want, rtol=1e-4, atol=1e-5)
 
 
-@most
+@over(NAMES, sorted({*NAMES} - {"int1:g64", "int3:g64:asym:rounded", "int4:g64", "ternary:tensor", "q4_1", "tq1_0"}))
 def test_decode_fused_into_a_reduction_is_not_miscompiled(name: str):
     """XLA:CPU gets int8 arithmetic wrong when fused with a multiply and a reduce; codes must not meet it."""
     fmt = base.get(name)
-    qs = [fmt.encode(jnp.asarray(W[k])) for k in ("normal", "heavy")]
+    qs = [encoded(name, k) for k in ("normal", "heavy")]
 
     @jax.jit
     def fused(x, a, b):
@@ -394,12 +425,13 @@ def test_decode_fused_into_a_reduction_is_not_miscompiled(name: str):
 def test_shape_law(name: str):
     fmt = base.get(name)
     ws = jnp.asarray(np.stack([W["normal"], W["heavy"], W["zeros"]]))
-    each = [fmt.encode(w) for w in ws]
+    each = [encoded(name, k) for k in ("normal", "heavy", "zeros")]
     traces = []
 
     @jax.jit
-    def run(stack: QTensor, x):
+    def run(ws, x):
         traces.append(0)
+        stack = jax.vmap(fmt.encode)(ws)
         mapped = jax.vmap(lambda q: q.decode())(stack)
         _, scanned = jax.lax.scan(lambda c, q: (c, q.decode()), 0, stack)
 
@@ -409,27 +441,25 @@ def test_shape_law(name: str):
             return (jnp.square(x) * w).sum(), w
 
         one = jax.tree.map(lambda a: a[0], stack)
-        return mapped, scanned, *jax.grad(loss, has_aux=True)(x, one)
+        return stack, mapped, scanned, *jax.grad(loss, has_aux=True)(x, one)
 
-    stack = jax.vmap(fmt.encode)(ws)
+    x = np.repeat(X, 3, axis=0)[: SHAPE[0]]
+    stack, mapped, scanned, grad, rematted = run(ws, x)
     for i, q in enumerate(each):
         assert same_tree(jax.tree.map(lambda a, i=i: a[i], stack), q)
-    x = np.repeat(X, 3, axis=0)[: SHAPE[0]]
-    mapped, scanned, grad, rematted = run(stack, x)
-    for i, q in enumerate(each):
         assert same_bits(mapped[i], q.decode()) and same_bits(scanned[i], q.decode())
     want = 2 * x * np.asarray(each[0].decode(), np.float64)
     np.testing.assert_allclose(grad, want, rtol=1e-5, atol=1e-6)
     assert same_bits(rematted, each[0].decode())
-    run(jax.vmap(fmt.encode)(ws * 0.5), x + 1)
+    run(ws * 0.5, x + 1)
     assert len(traces) == 1
 
 
 @pytest.mark.parametrize(
     "names",
     [
-        pytest.param([n for n in NAMES if n not in VARIANTS], id="most"),
-        pytest.param(VARIANTS, id="variants", marks=pytest.mark.slow),
+        pytest.param(MOST, id="most"),
+        pytest.param(REST, id="rest", marks=pytest.mark.slow),
     ],
 )
 def test_mesh(names: list[str]):
@@ -455,9 +485,9 @@ def test_mesh(names: list[str]):
         ("int4:", r"unknown key of int4 ''"),
         ("int4:chanel", r"unknown key of int4 'chanel'; did you mean 'channel'\? \(allowed: .*\)"),
         ("int4:g64:g32", r"int4: key 'g32' gives a second granularity"),
-        ("int1:asym", r"int1:asym \(int1 is symmetric"),
+        ("int1:asym:absmean", r"calibration 'absmean' of asymmetric int1 \(allowed: minmax, mse\)"),
         ("int1:mse", r"calibration 'mse' of int1 \(allowed: absmean\)"),
-        ("int4:minmax", r"calibration 'minmax' of int4 \(allowed: absmax, signmax, mse\)"),
+        ("int4:minmax", r"calibration 'minmax' of int4 \(allowed: absmax, signmax, mse, signmse\)"),
         ("int4:asym:absmax", r"calibration 'absmax' of asymmetric int4 \(allowed: minmax, mse\)"),
         ("ternary:asym", r"unknown key of ternary 'asym'"),
         ("q4_0:g64", r"unknown key of q4_0 'g64'"),
@@ -476,7 +506,7 @@ def test_rows_that_do_not_divide_are_refused(name: str):
     fmt = base.get(name)
     group = fmt.group((4, 100))
     if 100 % group == 0:
-        assert fmt.encode(jnp.ones((4, 100))).shape == (4, 100)
+        assert jax.eval_shape(fmt.encode, jnp.ones((4, 100))).shape == (4, 100)
         return
     for f in (fmt.encode, fmt.fake_quant, jax.jit(fmt.encode)):
         with pytest.raises(FormatError, match=rf"{name}: weight of shape \(4, 100\).*multiple of {group} long"):
@@ -501,7 +531,7 @@ def test_scale_overflow_is_refused(name: str):
 @uniform
 def test_scales_never_underflow(name: str):
     for what in ("tiny", "zeros"):
-        q = base.get(name).encode(jnp.asarray(W[what]))
+        q = encoded(name, what)
         assert (np.abs(np.asarray(q.arrays["scale"], np.float32)) >= 5.9e-8).all() or "f32" in name or "bf16" in name
         assert (np.asarray(q.arrays["scale"], np.float32) != 0).all()
 
@@ -511,7 +541,7 @@ def test_scales_never_underflow(name: str):
 
 def normal_distortion(levels: np.ndarray, scale: float) -> float:
     """Relative RMS error of N(0, 1) rounded to the nearest of `levels * scale`, by quadrature."""
-    x = np.linspace(-9, 9, 400_001)
+    x = np.linspace(-9, 9, 100_001)
     grid = np.sort(levels * scale)
     nearest = grid[np.searchsorted((grid[1:] + grid[:-1]) / 2, x)]
     density = np.exp(-(x**2) / 2) / np.sqrt(2 * np.pi)
@@ -538,12 +568,12 @@ def normal_distortion(levels: np.ndarray, scale: float) -> float:
 def test_distortion_of_normal_weights(name: str, published_rms: float | None):
     w = np.random.default_rng(5).standard_normal((64, 4096)).astype(np.float32)
     fmt = base.get(name)
-    q = fmt.encode(jnp.asarray(w))
-    got = float(np.sqrt(np.mean((np.asarray(q.decode()) - w) ** 2)))
+    w_hat, scale = jax.jit(lambda w: (fmt.fake_quant(w), fmt.stored(fmt.init(w))["scale"]))(w)
+    got = float(np.sqrt(np.mean((np.asarray(w_hat) - w) ** 2)))
     if published_rms is None:
         lo, hi = fmt.levels
         levels = np.array([-1, 1]) if name.startswith("int1") else np.arange(lo, hi + 1)
-        published_rms = normal_distortion(levels, float(np.mean(np.abs(fmt.affine(q).scale))))
+        published_rms = normal_distortion(levels, float(np.mean(np.abs(scale))))
     if name == "int1:tensor":
         assert abs(published_rms - np.sqrt(1 - 2 / np.pi)) < 1e-4
     assert abs(got / published_rms - 1) < 0.015

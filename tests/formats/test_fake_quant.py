@@ -4,17 +4,9 @@ import numpy as np
 import pytest
 
 from lowbit.formats.base import FormatError
-from lowbit.formats.fake_quant import ACTS, get_act, lsq, ste_clip, ste_round
+from lowbit.formats.fake_quant import get_act, lsq, ste_clip, ste_round
 
 X = np.random.default_rng(0).standard_normal((6, 512)).astype(np.float32)
-
-
-def test_names():
-    for name in (*ACTS, "int8:token:clip", "int4:token:bitnet:fixed2"):
-        assert get_act(name).name == name and get_act(get_act(name).name) == get_act(name)
-    for bad in ("int8", "int7:token", "int8:token:foo", "int8:tokens"):
-        with pytest.raises(FormatError, match="unknown activation format.*allowed: int4:token"):
-            get_act(bad)
 
 
 def sqnr(x: np.ndarray, y: np.ndarray) -> float:
@@ -34,38 +26,16 @@ def test_bitnet_spellings():
     x = X.copy()
     x[0] = 0.0
     x[1] *= 1e-9  # the floor of 1e-5 turns it to zeros
-    got = np.asarray(get_act("int8:token:bitnet").fake_quant(jnp.asarray(x)))
+    got = np.asarray(jax.jit(get_act("int8:token:bitnet").fake_quant)(x))
     s = np.float32(127) / np.maximum(np.abs(x).max(-1, keepdims=True), np.float32(1e-5))
     np.testing.assert_allclose(got, np.clip(np.rint(x * s), -128, 127) / s, rtol=1e-6, atol=1e-9)
     assert (got[:2] == 0).all()
     # arXiv 2411.04965's absmean int4 on N(0,1) rows of 4096: 18.7 dB, absmax 15.9 dB, 1.2 % clipped high.
     x = np.random.default_rng(1).standard_normal((32, 4096)).astype(np.float32)
-    got = np.asarray(get_act("int4:token:bitnet").fake_quant(jnp.asarray(x)))
+    got = np.asarray(jax.jit(get_act("int4:token:bitnet").fake_quant)(x))
     assert abs(sqnr(x, got) - 18.7) < 0.1
     assert abs(sqnr(x, np.asarray(get_act("int4:token").fake_quant(jnp.asarray(x)))) - 15.9) < 0.3
     assert (np.asarray(get_act("int4:token").fake_quant(jnp.zeros((2, 8)))) == 0).all()
-
-
-def test_activation_dtype_and_jit():
-    for name in ACTS:
-        act = get_act(name)
-        y = act.fake_quant(jnp.asarray(X, jnp.bfloat16))
-        assert y.dtype == jnp.bfloat16
-        np.testing.assert_allclose(jax.jit(act.fake_quant)(X), act.fake_quant(jnp.asarray(X)), rtol=1e-6)
-
-
-def test_activation_gradient():
-    g = np.random.default_rng(2).standard_normal(X.shape).astype(np.float32)
-
-    def grad(name: str) -> np.ndarray:
-        return np.asarray(jax.grad(lambda x: (get_act(name).fake_quant(x) * g).sum())(jnp.asarray(X)))
-
-    for name in ACTS:
-        np.testing.assert_array_equal(grad(name), g)  # straight through everywhere, the absmax entry included
-    np.testing.assert_array_equal(grad("int8:token:fixed2"), np.where(np.abs(X) < 2, g, 0))
-    ratio = X / ((np.abs(X).mean(-1, keepdims=True) + 1e-5) / np.sqrt(7))
-    np.testing.assert_array_equal(grad("int4:token:bitnet:clip"), np.where((ratio >= -8) & (ratio <= 7), g, 0))
-    assert (grad("int4:token:bitnet:clip") == 0).any()
 
 
 def test_ste_ops():
