@@ -16,7 +16,7 @@ import json
 import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ from lowbit.experiment.progress import Progress
 from lowbit.experiment.run import Run, write_json
 from lowbit.export.api import export
 from lowbit.export.open import open_model
+from lowbit.formats import base as formats
 from lowbit.formats.base import QTensor
 from lowbit.models.config import ModelConfig
 from lowbit.models.decoder import init_params
@@ -82,7 +83,9 @@ class Opt:
     """Peak learning rate of QAT at 3 bits and below."""
     lr_high: float = 1e-4
     """Peak learning rate of QAT above 3 bits, and of the fp row."""
-    steps: int = 96
+    scale_lr: float = 1.0
+    """Learning rate of learned scales, times that of the weights."""
+    steps: int = 192
     batch_size: int = 2
     """Rows of one step."""
     seq: int = 256
@@ -93,6 +96,7 @@ class Opt:
     def config(self, lr: float, **changes: Any) -> TrainConfig:
         """Settings of a trained row."""
         same = {"steps": self.steps, "batch_size": self.batch_size, "warmup": self.warmup, "seed": self.seed}
+        same |= {"scale_lr": self.scale_lr}
         every = max(1, self.steps // 4)
         return TrainConfig(**same | {"lr": lr, "log_every": 8, "save_every": every, "keep": 1} | changes)
 
@@ -117,8 +121,8 @@ def run(config: Config, run: Run) -> None:
     base = pretrained(config, run, documents) if config.pretrain else open_model(config.model)
     if base.tokenizer is None:
         raise InputError(f"model {config.model} has no tokenizer (allowed: a model with one)")
-    plans = {f: make_plan(config, f) for f in config.formats}
-    assignments = {f: plan.resolve(base.config.shapes()) for f, plan in plans.items()}
+    shapes = base.config.shapes()
+    assignments = {f: make_plan(config, f).resolve(shapes) for f in config.formats}
     fp = base.replace(params=jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), base.params))
     train_documents, held_out, overlap = split(config.data, base, documents)
     length = min(config.opt.seq, base.config.max_position)
@@ -147,12 +151,14 @@ def run(config: Config, run: Run) -> None:
 
     plain = all(a.dtype == jnp.bfloat16 for a in jax.tree.leaves(base.params))
     measure("fp", lambda: base.params, "gguf:BF16" if plain else "gguf:F32", method="fp")
-    longer = partial(trained, config, run, packed, fp, "fp", {}, config.opt.config(config.opt.lr_high, loss="ce"))
+    plain_training = config.opt.config(config.opt.lr_high, loss="ce")
+    longer = partial(trained, config, run, packed, fp, "fp", {}, plain_training)
     measure("fp, trained equally long", longer, "gguf:BF16", method="fp")
     for fmt, assignment in assignments.items():
-        low = max(row.bits for row in plans[fmt].table(base.config.shapes()) if row.site in assignment) <= 3
+        low = low_bit(config, fmt, shapes)
         settings = config.opt.config(config.opt.lr if low else config.opt.lr_high, loss="kl")
         measure(f"RTN {fmt}", partial(rounded, fp, assignment), method="RTN", format=fmt)
+        assignment = make_plan(config, learner(fmt)).resolve(shapes)
         learned = partial(trained, config, run, packed, fp, fmt, assignment, settings)
         measure(f"QAT {fmt}", learned, method="QAT", format=fmt)
 
@@ -170,17 +176,18 @@ def dry_run(config: Config) -> dict[str, Any]:
     model = tiny(config, ByteTokenizer()) if config.pretrain else open_model(config.model).config
     out: dict[str, Any] = {}
     for fmt in config.formats:
-        plan = make_plan(config, fmt)
-        assignment, settings = plan.resolve(model.shapes()), config.opt.config(config.opt.lr, loss="kl")
+        shapes = model.shapes()
+        table = make_plan(config, fmt).table(shapes)
+        assignment = make_plan(config, learner(fmt)).resolve(shapes)
+        settings = config.opt.config(config.opt.lr, loss="kl")
 
         def student(assignment: dict[str, Any] = assignment) -> Tree:
-            return qat.get("ste").prepare(init_params(model, jax.random.key(0)), assignment)
+            return qat.get("ste-learned").prepare(init_params(model, jax.random.key(0)), assignment)
 
         batch = {k: ((settings.batch_size, config.opt.seq + 1), jnp.int32) for k in ("tokens", "segments")}
         goal = language(model, settings, model)
         step = memory.estimate(student, batch, goal, settings, lambda: init_params(model, jax.random.key(0)))
-        table = [dataclasses.asdict(row) for row in plan.table(model.shapes())]
-        out[fmt] = {"per_device": dataclasses.asdict(step), "tensors": table}
+        out[fmt] = {"per_device": dataclasses.asdict(step), "tensors": [dataclasses.asdict(row) for row in table]}
     return out
 
 
@@ -234,6 +241,22 @@ def first_tokens(model: Model, documents: list[str], count: int) -> list[str]:
     return out
 
 
+def low_bit(config: Config, fmt: str, shapes: Mapping[str, tuple[int, ...]]) -> bool:
+    """Whether the tensors that `fmt` quantizes take 3 bits a weight or less."""
+    return max((row.bits for row in make_plan(config, fmt).table(shapes) if not row.kept), default=16.0) <= 3
+
+
+def learner(fmt: str) -> str:
+    """The format that QAT trains by recipe ste-learned: the grid of `fmt`, its scales (of either sign if it has that)
+    started from a search for the least squared error and learned by LSQ's gradient."""
+    for keys in (":signmse:lsq", ":mse:lsq", ":lsq"):
+        try:
+            return formats.get(fmt + keys).name
+        except InputError:  # a key that the format lacks, or has in another value already
+            continue
+    return fmt
+
+
 def rounded(fp: Model, assignment: dict[str, Any]) -> Tree:
     """`fp` rounded to nearest."""
     return rest_bf16(rtn.quantize(fp.params, assignment))
@@ -248,8 +271,8 @@ def trained(
     assignment: dict[str, Any],
     settings: TrainConfig,
 ) -> Tree:
-    """`fp` after training by recipe ste (without an `assignment`: plain training), as it is stored."""
-    recipe = qat.get("ste")
+    """`fp` after training by recipe ste-learned (without an `assignment`: plain training), as it is stored."""
+    recipe = qat.get("ste-learned")
     params = fit(run, f"train {name}", packed, fp, recipe.prepare(fp.params, assignment), settings)
     return rest_bf16(recipe.convert(params))
 
@@ -341,7 +364,8 @@ def describe(
         [
             f"Text: {source}; {train_count} documents trained on, {eval_count} held out, {pretraining};"
             f" {fp['tokens']} tokens evaluated, convention {fp['convention']}, reference the fp model in float32.",
-            f"Each trained row: {tokens} tokens. QAT by straight-through estimation, forward KL to the fp model.",
+            f"Each trained row: {tokens} tokens. QAT minimises forward KL to the fp model, by straight-through"
+            " estimation with scales that start from an MSE search and are learned (LSQ).",
             f"Rules, first match wins: {'; '.join(rules)}. Embeddings, head and norms stay bf16.",
             "Every row was exported to GGUF, read back, and measured from the file.",
         ]
