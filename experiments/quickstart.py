@@ -85,7 +85,7 @@ class Opt:
     """Peak learning rate of QAT above 3 bits, and of the fp row."""
     scale_lr: float = 1.0
     """Learning rate of learned scales, times that of the weights."""
-    steps: int = 192
+    steps: int = 160
     batch_size: int = 2
     """Rows of one step."""
     seq: int = 256
