@@ -73,10 +73,7 @@ def test_names_are_canonical_and_parse_back():
 def test_integer_examples_cover_every_pair():
     """Width, zero point, granularity and calibration, two by two; symmetric int1 has one calibration only."""
     grids = [f for f in map(base.get, NAMES) if isinstance(f, Integer) and f.name not in SPARE]
-    kinds = [
-        (f.width, f.asym, f.granularity if isinstance(f.granularity, str) else "group", f.searched)
-        for f in grids
-    ]
+    kinds = [(f.width, f.asym, f.granularity if isinstance(f.granularity, str) else "group", f.searched) for f in grids]
     choices = (range(1, 9), (False, True), ("tensor", "channel", "group"), (False, True))
     for a, b in itertools.combinations(range(4), 2):
         missing = set(itertools.product(choices[a], choices[b])) - {(k[a], k[b]) for k in kinds}
