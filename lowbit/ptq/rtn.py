@@ -46,8 +46,9 @@ def encode(fmt: Format, w_OI: Any) -> QTensor:
 @partial(jax.jit, static_argnames="fmt")
 def _encode(fmt: Format, w: Float[Array, "O I"]) -> tuple[QTensor, Params]:
     w32 = w.astype(jnp.float32)
-    params = fmt.init(w32)
-    return fmt.encode(w32, params), params
+    params = fmt.fit_block(w32)  # the hook of every solver: here one block is the whole matrix
+    codes, _ = fmt.round_block(w32, params)
+    return QTensor(fmt.pack(codes, fmt.stored(params)), fmt, w.shape, "float32"), params
 
 
 def quantize(params: Tree, assignment: Mapping[str, Any]) -> Tree:
