@@ -45,15 +45,17 @@ def test_unknown_remat_policy():
         loss(tiny().params, LLAMA, remat="some")
 
 
-def test_equal_layers_scan_and_the_odd_one_is_unrolled():
+def test_equal_layers_scan_and_the_odd_one_is_unrolled(monkeypatch):
+    monkeypatch.setattr(decoder, "SCAN_FROM", 2)
     config = dataclasses.replace(LLAMA, num_layers=5)
     params = params_of(config)
     layers = lambda p: [p["model"]["layers"][str(i)] for i in range(5)]  # noqa: E731
-    assert decoder._runs(layers(params)) == [(0, 5)]
+    assert decoder._runs(layers(params), 5) == [(0, 5)]
+    assert decoder._runs(layers(params), 6) == [(i, i + 1) for i in range(5)]
     mixed = quantized(tiny(num_layers=5), {"model.layers.2.mlp.up_proj": "int4:g16"})
-    assert decoder._runs(layers(mixed.params)) == [(0, 2), (2, 3), (3, 5)]
+    assert decoder._runs(layers(mixed.params), 2) == [(0, 2), (2, 3), (3, 5)]
     both = quantized(tiny(num_layers=5), {f"model.layers.{i}.mlp.up_proj": "int4:g16" for i in (2, 3)})
-    assert decoder._runs(layers(both.params)) == [(0, 2), (2, 4), (4, 5)]
+    assert decoder._runs(layers(both.params), 2) == [(0, 2), (2, 4), (4, 5)]
     for model in (mixed, both):
         plain = trees.map_leaves(lambda _, a: a if isinstance(a, jax.Array) else a.decode(), model.params)
         want = forward(plain, TOKENS, config)
@@ -65,7 +67,7 @@ def test_equal_layers_scan_and_the_odd_one_is_unrolled():
 @pytest.mark.parametrize("name", ["llama3", "mistral", "qwen2", "gemma3", "bit"])
 def test_scan_equals_unrolled(name):
     model = tiny(name)
-    scanned, _ = hidden_states(model.params, TOKENS, model.config)
+    scanned, _ = hidden_states(model.params, TOKENS, model.config, scan=True)
     unrolled, _ = hidden_states(model.params, TOKENS, model.config, scan=False)
     np.testing.assert_allclose(scanned, unrolled, atol=2e-5)
 

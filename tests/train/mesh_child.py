@@ -14,6 +14,7 @@ from models import CONFIG, params, rows  # noqa: E402
 
 from lowbit import qat  # noqa: E402
 from lowbit import tree as trees  # noqa: E402
+from lowbit.models import decoder  # noqa: E402
 from lowbit.plan import Plan  # noqa: E402
 from lowbit.train import objective  # noqa: E402
 from lowbit.train.config import TrainConfig  # noqa: E402
@@ -22,6 +23,7 @@ from lowbit.train.memory import estimate  # noqa: E402
 
 directory, mesh = sys.argv[2], (2, 2, 2) if N == 8 else (1, 1, 1)
 assert jax.device_count() == N
+decoder.SCAN_FROM = 2  # large models scan
 out = {}
 
 # The first step without fake quantization: plain gradient descent, so that the change of a weight is its gradient.
