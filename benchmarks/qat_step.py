@@ -2,7 +2,7 @@
 
 One process, programs timed in turn, minimum of each (a shared machine only ever adds time); `cpu` has the same ratios
 of processor seconds, which a busy machine disturbs less. The model has the shapes
-of lowbit-base (llama, about 8M parameters); a step is the cross entropy, its gradient and AdamW on 2048 tokens, without
+of lowbit-base (llama, 8M parameters); a step is the cross entropy, its gradient and AdamW on 2048 tokens, without
 a teacher. Weights only: int4, groups of 64 along the input. Ratios are to the same step without fake quantization.
 
 Ours unrolls these three layers, as the decoder does by itself below six; `scan` gives ours under a scan, to the plain
@@ -35,24 +35,15 @@ import optax
 from flax import nnx
 
 from lowbit import tree as trees
+from lowbit.export.open import find_folder
 from lowbit.formats import base
 from lowbit.formats.base import Latent
 from lowbit.models import decoder
-from lowbit.models.config import ModelConfig
+from lowbit.models.hf import load_config
 from lowbit.train.objective import cross_entropy
 
-CONFIG = ModelConfig(
-    family="llama",
-    vocab_size=4096,
-    hidden_size=512,
-    intermediate_size=768,
-    num_layers=3,
-    num_heads=8,
-    num_kv_heads=4,
-    head_dim=64,
-    max_position=256,
-    tied=True,
-)
+CONFIG = load_config(find_folder("lowbit-base"))
+BATCH, LENGTH = 8, 256
 FORMAT = "int4:g64"
 OPTIMIZER = optax.adamw(1e-3)
 
@@ -145,7 +136,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object last")
     args = parser.parse_args()
 
-    tokens = jnp.asarray(np.random.default_rng(0).integers(0, CONFIG.vocab_size, (8, CONFIG.max_position)), jnp.int32)
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, CONFIG.vocab_size, (BATCH, LENGTH)), jnp.int32)
     params = decoder.init_params(CONFIG, jax.random.key(0))
 
     scanned = partial(decoder_loss, scan=True)
