@@ -1,0 +1,1 @@
+"""Pure mathematics; nothing here knows what a model is."""
