@@ -8,11 +8,13 @@ There is no generator state to save: everything random is a function of the seed
 """
 
 import dataclasses
+import inspect
 import logging
 import os
 import re
 import shutil
 import sys
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -179,12 +181,14 @@ def _quiet() -> None:
     reach us as exceptions, which is where they are reported."""
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     logging.getLogger("asyncio").addFilter(_not_orbax)  # adding it twice changes nothing
+    warnings.filterwarnings("ignore", "coroutine '.*' was never awaited", RuntimeWarning)
     before = sys.unraisablehook
     if getattr(before, "_lowbit", False):
         return
 
     def hook(info: Any) -> None:
-        if not (isinstance(info.exc_value, RuntimeError) and str(info.exc_value) == "Event loop is closed"):
+        closed = isinstance(info.exc_value, RuntimeError) and str(info.exc_value) == "Event loop is closed"
+        if not closed and not inspect.iscoroutine(info.object):  # lowbit has no coroutines, orbax leaves some
             before(info)
 
     hook._lowbit = True  # type: ignore[attr-defined]
@@ -193,7 +197,7 @@ def _quiet() -> None:
 
 def _not_orbax(record: logging.LogRecord) -> bool:
     message = record.getMessage()
-    return not ("never retrieved" in message and "orbax" in message)
+    return not ("orbax" in message or "tensorstore" in message)
 
 
 def _named(tree: Any) -> dict[str, Any]:

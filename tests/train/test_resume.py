@@ -1,5 +1,6 @@
 """Kill, stop, fill the disk: real processes."""
 
+import logging
 import signal
 import subprocess
 import sys
@@ -7,6 +8,8 @@ import time
 from pathlib import Path
 
 import pytest
+
+from lowbit.train.checkpoint import Checkpoints
 
 HERE = Path(__file__).parent
 
@@ -68,3 +71,12 @@ def test_full_disk_is_one_error_and_keeps_nothing_half_written(tmp_path):
     assert err.startswith("InputError: cannot write a checkpoint to") and err.count("\n") == 1, err
     assert "File too large (last good checkpoint: none)" in err
     assert not [p for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit()]
+
+
+def test_other_failed_writes_of_orbax_are_silent_and_nothing_else_is(tmp_path, caplog):
+    """Whether asyncio reports them depends on when they fail; here it always does."""
+    Checkpoints(tmp_path / "checkpoints").close()
+    for source in ("orbax/checkpoint/serialization.py", "mine.py"):
+        message = f"Task exception was never retrieved\nfuture: <Task coro=<f() done, defined at /x/{source}:1>>"
+        logging.getLogger("asyncio").error(message)
+    assert [r.getMessage().rsplit("/", 1)[1] for r in caplog.records] == ["mine.py:1>>"]
