@@ -51,9 +51,9 @@ def statistics(leaf: Any) -> dict[str, float]:
     import numpy as np
 
     from lowbit.formats.base import QTensor
-    from lowbit.formats.fake_quant import QuantizedInput
+    from lowbit.formats.fake_quant import PreparedInput
 
-    if isinstance(leaf, QuantizedInput):
+    if isinstance(leaf, PreparedInput):
         leaf = leaf.w
     x = np.asarray(leaf.decode() if isinstance(leaf, QTensor) else leaf).astype(np.float64)
     return {"min": float(x.min()), "max": float(x.max()), "mean": float(x.mean()), "std": float(x.std())}
@@ -163,9 +163,9 @@ def read_abstract(source: str) -> tuple[Any, Any]:
 def kept_dtypes(params: Any) -> dict[str, str]:
     """`{path: dtype}` of the parameters that are not packed."""
     from lowbit import tree as trees
-    from lowbit.formats.fake_quant import QuantizedInput
+    from lowbit.formats.fake_quant import PreparedInput
 
-    plain = {p: a.w if isinstance(a, QuantizedInput) else a for p, a in trees.items(params)}
+    plain = {p: a.w if isinstance(a, PreparedInput) else a for p, a in trees.items(params)}
     return {p: str(a.dtype) for p, a in plain.items() if hasattr(a, "ndim")}
 
 

@@ -253,12 +253,12 @@ def as_it_came(params: Any, source: Any) -> Any:
     import jax
 
     from lowbit import tree as trees
-    from lowbit.formats.fake_quant import QuantizedInput
+    from lowbit.formats.fake_quant import PreparedInput
 
     dtypes = kept_dtypes(source)
 
     def one(path: str, leaf: Any) -> Any:
-        if isinstance(leaf, QuantizedInput):
+        if isinstance(leaf, PreparedInput):
             return dataclasses.replace(leaf, w=one(path, leaf.w))
         return leaf.astype(dtypes[path]) if isinstance(leaf, jax.Array) else leaf
 

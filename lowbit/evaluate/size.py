@@ -11,7 +11,8 @@ import jax
 from lowbit import tree as trees
 from lowbit.errors import InputError
 from lowbit.formats.base import Format, Latent, QTensor, stored_bytes
-from lowbit.formats.fake_quant import QuantizedInput
+from lowbit.formats.fake_quant import PreparedInput
+from lowbit.linalg.online import describe
 from lowbit.models import hf
 from lowbit.models.config import ModelConfig
 
@@ -33,8 +34,9 @@ class _Stored:
 
 def _stored(leaf: Any) -> _Stored:
     """A latent weight counts as the codes that it stands for."""
-    if isinstance(leaf, QuantizedInput):
-        return _stored(leaf.w)
+    if isinstance(leaf, PreparedInput):
+        inner = _stored(leaf.w)
+        return dataclasses.replace(inner, arrays=(*inner.arrays, *describe(leaf)[1].values()))
     if isinstance(leaf, Latent):
         arrays = jax.eval_shape(lambda latent: latent.encode().arrays, leaf)
         return _Stored(leaf.format.name, True, leaf.w.size, tuple(leaf.w.shape), tuple(arrays.values()))

@@ -8,7 +8,7 @@ from typing import Any
 
 from lowbit.errors import InputError
 from lowbit.formats.base import Format, Latent, QTensor
-from lowbit.formats.fake_quant import QuantizedInput
+from lowbit.formats.fake_quant import PreparedInput
 from lowbit.formats.floats import FloatFormat
 from lowbit.models import hf
 from lowbit.models.config import ModelConfig
@@ -73,8 +73,13 @@ def leaves(source: Model | str | Path) -> Iterator[tuple[str, Any]]:
 
 def unwrap(path: str, leaf: Any, drop_activations: bool = False) -> Any:
     """The array or `QTensor` of a leaf; a `Latent` gives its trained codes and scales."""
-    if isinstance(leaf, QuantizedInput):
-        if not drop_activations:
+    if isinstance(leaf, PreparedInput):
+        if leaf.op is not None:
+            raise InputError(
+                f"{path} transforms its input online ({leaf.op.name}), which the target cannot run and without which "
+                "the model is another one (allowed: packed, or a transform that folds into the weights)"
+            )
+        if leaf.act is not None and not drop_activations:
             raise InputError(
                 f"{path} quantizes its input ({leaf.act.name}), which the file cannot hold "
                 "(allowed: weight formats only, or drop_activations)"

@@ -39,13 +39,23 @@ Levels = tuple[int, int] | tuple[float, float]
 CLIPS = ("none", "inclusive", "rounded", "lsq")
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["w"], meta_fields=["act"])
+@partial(jax.tree_util.register_dataclass, data_fields=["w", "op", "params"], meta_fields=["act"])
 @dataclasses.dataclass(frozen=True)
-class QuantizedInput:
-    """A linear's weight whose input is quantized first by `act` (the plan's `path:in` rule)."""
+class PreparedInput:
+    """A linear's weight whose input is first transformed by `op` (see `lowbit.linalg.online`; None: as it is) and then
+    quantized by `act`, the plan's `path:in` rule (None: not), with the arrays `params` if that format stores any."""
 
     w: Any
-    act: Any
+    act: Any = None
+    op: Any = None
+    params: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def prepare(self, x: Float[Array, "*batch I"]) -> Float[Array, "*batch I"]:
+        """What the weight is multiplied with, in `x`'s dtype."""
+        x = x if self.op is None else self.op(x)
+        if self.act is None:
+            return x
+        return self.act.fake_quant(x, self.params) if self.params else self.act.fake_quant(x)
 
 
 # -- gradients of a uniform grid --------------------------------------------------------------------------------------
@@ -174,6 +184,10 @@ class TokenInt:
         """Raises `FormatError` when an input of this shape has no tokens or features; any length will do."""
         if len(shape) < 1 or shape[-1] < 1:
             raise FormatError(f"{self.name}: input of shape {tuple(shape)} (must be [..., features], 1 or more)")
+
+    def array_shapes(self, length: int) -> dict[str, tuple[int, ...]]:
+        """Shapes of what a checkpoint stores for inputs of this length: nothing, the scale is dynamic."""
+        return {}
 
     @property
     def bits(self) -> int:

@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Float, Int
 from lowbit import tree as trees
 from lowbit.errors import InputError, unknown
 from lowbit.kernels.qdot import qdot
-from lowbit.kernels.qdot.api import dense
+from lowbit.kernels.qdot.api import dense, prepared
 from lowbit.models.config import ModelConfig, RopeScaling
 from lowbit.tree import Tree
 
@@ -65,16 +65,22 @@ def init_params(config: ModelConfig, key: Array, dtype: Any = jnp.float32) -> Tr
     return trees.build(flat)
 
 
+def widen(x: Array) -> Array:
+    """In float32 at least."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
 def rms_norm(
     x: Float[Array, "*batch D"], scale: Float[Array, " D"] | None, eps: float, plus_one: bool = False
 ) -> Float[Array, "*batch D"]:
-    """`x / rms(x) * scale` in float32, cast back; Gemma's scale is `1 + weight` and is applied before the cast."""
-    x32 = x.astype(jnp.float32)
+    """`x / rms(x) * scale` in float32 (float64 for float64), cast back; Gemma's scale is `1 + weight` and is applied
+    before the cast."""
+    x32 = widen(x)
     y = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
     if scale is None:
         return y.astype(x.dtype)
     if plus_one:
-        return (y * (1.0 + scale.astype(jnp.float32))).astype(x.dtype)
+        return (y * (1.0 + widen(scale))).astype(x.dtype)
     return scale.astype(x.dtype) * y.astype(x.dtype)
 
 
@@ -98,9 +104,9 @@ def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None = 
 def rope(
     x_BTHD: Float[Array, "B T H D"], cos_BTd: Float[Array, "#B T d"], sin_BTd: Float[Array, "#B T d"]
 ) -> Float[Array, "B T H D"]:
-    """Rotates the two halves of each head (HF convention) by position * frequency; in float32, cast back."""
+    """Rotates the two halves of each head (HF convention) by position * frequency; in float32 at least, cast back."""
     cos, sin = cos_BTd[:, :, None], sin_BTd[:, :, None]
-    a, b = jnp.split(x_BTHD.astype(jnp.float32), 2, axis=-1)
+    a, b = jnp.split(widen(x_BTHD), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BTHD.dtype)
 
 
@@ -115,10 +121,11 @@ def attend(
     """Grouped-query attention with a float32 softmax; `softcap` bounds the logits by `c * tanh(x / c)` (Gemma 2)."""
     K = k_BSKD.shape[2]
     q = rearrange(q_BTHD, "B T (K G) D -> B T K G D", K=K)
-    logits = jnp.einsum("BTKGD,BSKD->BKGTS", q, k_BSKD, preferred_element_type=jnp.float32) * scale
+    acc = jnp.promote_types(q.dtype, jnp.float32)
+    logits = jnp.einsum("BTKGD,BSKD->BKGTS", q, k_BSKD, preferred_element_type=acc) * scale
     if softcap is not None:
         logits = softcap * jnp.tanh(logits / softcap)
-    logits = jnp.where(mask_BTS[:, None, None], logits, jnp.finfo(jnp.float32).min)
+    logits = jnp.where(mask_BTS[:, None, None], logits, jnp.finfo(acc).min)
     p = jax.nn.softmax(logits, axis=-1).astype(v_BSKD.dtype)
     out = jnp.einsum("BKGTS,BSKD->BTKGD", p, v_BSKD)
     return rearrange(out, "B T K G D -> B T (K G) D")
@@ -137,20 +144,31 @@ def _activation(config: ModelConfig, x: Array) -> Array:
     raise unknown("activation", config.activation, ("silu", "gelu_tanh", "gelu", "relu2"))
 
 
-def _linear(config: ModelConfig, layer: Tree, name: str, x: Array) -> Array:
+def _linear(config: ModelConfig, inputs: dict[str, Array] | None, layer: Tree, name: str, x: Array) -> Array:
     if config.linear_norm:
         x = rms_norm(x, None, config.norm_eps)
+    if inputs is not None:
+        inputs[name] = prepared(x, layer[name])
     y = qdot(x, layer[name])
     bias = layer.get(name + ".bias")
     return y if bias is None else y + bias.astype(y.dtype)
 
 
 def _layer(
-    config: ModelConfig, layer: Tree, x_BTD: Array, mask: Array, cos: Array, sin: Array, kv: Any, slot: Any
+    config: ModelConfig,
+    layer: Tree,
+    x_BTD: Array,
+    mask: Array,
+    cos: Array,
+    sin: Array,
+    kv: Any,
+    slot: Any,
+    inputs: dict[str, Array] | None = None,
 ) -> tuple[Array, Any]:
-    """One block. `kv` is the whole cache's `(k, v)` or None, `slot` the layer and position that it is written at."""
+    """One block. `kv` is the whole cache's `(k, v)` or None, `slot` the layer and position that it is written at;
+    `inputs`, if given, is filled with what each linear multiplies (`{"q_proj": [B, T, D], ...}`)."""
     norm = partial(rms_norm, eps=config.norm_eps, plus_one=config.norm_plus_one)
-    linear = partial(_linear, config)
+    linear = partial(_linear, config, inputs)
     attn, mlp = layer["self_attn"], layer["mlp"]
 
     h = norm(x_BTD, layer["input_layernorm"]) if config.input_norm else x_BTD
@@ -207,7 +225,7 @@ def _remat(policy: RematPolicy, f: Any, scanned: bool) -> Any:
 
 
 def _attention_inputs(
-    config: ModelConfig, T: int, S: int, start: Array, segments_BT: Array | None, pads_B: Array | None
+    config: ModelConfig, T: int, S: int, start: Array, segments_BT: Array | None, pads_B: Array | None, dtype: Any
 ) -> tuple[Array, Array, Array, Array]:
     """`(kinds [L], masks [N, #B, T, S], cos, sin [N, #B, T, Dh / 2])`; layer `l` uses version `kinds[l]` of each."""
     versions = sorted(set(config.sliding))
@@ -227,8 +245,9 @@ def _attention_inputs(
     if pads_B is not None:
         mask_NBTS = mask_NBTS & (slots_S >= pads_B[:, None])[:, None]
         position_BT = jnp.maximum(position_BT - pads_B[:, None], 0)
-    freq_Nd = jnp.asarray(np.stack(freqs), jnp.float32)
-    angle_NBTd = position_BT.astype(jnp.float32)[None, :, :, None] * freq_Nd[:, None, None]
+    wide = jnp.promote_types(dtype, jnp.float32)
+    freq_Nd = jnp.asarray(np.stack(freqs), wide)
+    angle_NBTd = position_BT.astype(wide)[None, :, :, None] * freq_Nd[:, None, None]
     kinds = jnp.asarray([versions.index(s) for s in config.sliding], jnp.int32)
     return kinds, mask_NBTS, jnp.cos(angle_NBTd), jnp.sin(angle_NBTd)
 
@@ -260,7 +279,7 @@ def hidden_states(
         raise InputError(f"sequence of {T} tokens (the model's max_position_embeddings is {config.max_position})")
     if cache is not None and segments_BT is not None:
         raise InputError("segments together with a cache (allowed: one of the two)")
-    kinds, masks, cos, sin = _attention_inputs(config, T, S, start, segments_BT, pads_B)
+    kinds, masks, cos, sin = _attention_inputs(config, T, S, start, segments_BT, pads_B, dtype)
     layers = [params["model"]["layers"][str(i)] for i in range(config.num_layers)]
 
     def step(carry: Any, xs: Any) -> tuple[Any, None]:
@@ -280,6 +299,21 @@ def hidden_states(
     return x, None if kv is None else Cache(*kv, start + T)
 
 
+def block(
+    config: ModelConfig, layer: Tree, x_BTD: Float[Array, "B T D"], index: Int[Array, ""]
+) -> tuple[Float[Array, "B T D"], dict[str, Float[Array, "B T _"]]]:
+    """One layer alone, on whole sequences: its output, and what each of its linears multiplies, by the linear's name.
+
+    What calibration runs block by block; `index` is the layer's, which decides whether its attention slides.
+    """
+    T, inputs = x_BTD.shape[1], {}
+    start = jnp.zeros((), jnp.int32)
+    kinds, masks, cos, sin = _attention_inputs(config, T, T, start, None, None, x_BTD.dtype)
+    kind = kinds[index]
+    y, _ = _layer(config, layer, x_BTD, masks[kind], cos[kind], sin[kind], None, None, inputs)
+    return y, inputs
+
+
 def embed(params: Tree, tokens_BT: Int[Array, "B T"], config: ModelConfig, dtype: Any) -> Float[Array, "B T D"]:
     """Rows of the embedding (decoded whole if it is packed), times the family's embedding scale."""
     x = jnp.take(dense(params["model"]["embed_tokens"]), tokens_BT, axis=0).astype(dtype)
@@ -287,9 +321,9 @@ def embed(params: Tree, tokens_BT: Int[Array, "B T"], config: ModelConfig, dtype
 
 
 def head(params: Tree, x_BTD: Float[Array, "*batch D"], config: ModelConfig) -> Float[Array, "*batch V"]:
-    """Logits in float32 of final hidden states."""
+    """Logits in float32 (float64 for float64) of final hidden states."""
     w = params["model"]["embed_tokens"] if config.tied else params["lm_head"]
-    logits = qdot(x_BTD, w).astype(jnp.float32)
+    logits = widen(qdot(x_BTD, w))
     if config.final_softcap is not None:
         logits = config.final_softcap * jnp.tanh(logits / config.final_softcap)
     return logits
@@ -304,6 +338,6 @@ def forward(
     remat: RematPolicy = "none",
     dtype: Any = jnp.float32,
 ) -> Float[Array, "B T V"]:
-    """Logits in float32 for every position. `dtype` is the compute dtype."""
+    """Logits in float32 (float64 for float64) for every position. `dtype` is the compute dtype."""
     x, _ = hidden_states(params, tokens_BT, config, segments_BT=segments_BT, remat=remat, dtype=dtype)
     return head(params, x, config)

@@ -5,9 +5,11 @@ format each path has,
 
     "quantization_config": {"quant_method": "lowbit", "version": 1, "formats": {PATH: FORMAT, ...},
                             "dtypes": {PATH: dtype of the decoded weight, ...},
-                            "inputs": {PATH: activation format, ...}}
+                            "inputs": {PATH: activation format, ...},
+                            "online": {PATH: transform of the input, see `lowbit.linalg.online`, ...}}
 
-so loading gives the same codes and scales back bit for bit.
+(the arrays of an activation format or a transform are the tensors `PATH.input.NAME` and `PATH.online.NAME`), so loading
+gives the same codes and scales back bit for bit.
 """
 
 import functools
@@ -26,7 +28,8 @@ from lowbit import tree as trees
 from lowbit.errors import InputError, unknown
 from lowbit.formats import base as formats
 from lowbit.formats.base import Latent, QTensor
-from lowbit.formats.fake_quant import QuantizedInput, get_act
+from lowbit.formats.fake_quant import PreparedInput
+from lowbit.linalg.online import describe, described_shapes, restore
 from lowbit.models.config import ModelConfig, from_hf, to_hf
 from lowbit.models.model import Model
 from lowbit.models.shards import INDEX, Shards, ShardWriter, atomic_folder, read_json, require_finite, some
@@ -59,7 +62,7 @@ def load_hf(folder: str | Path) -> Model:
     folder = Path(folder)
     raw, config, quant = _read_config(folder)
     flat = {path: _to_device(read()) for path, read in _readers(folder, config, quant).items()}
-    dtypes = sorted({str(v.dtype) for v in flat.values() if not isinstance(v, QTensor | QuantizedInput)})
+    dtypes = sorted({str(v.dtype) for v in flat.values() if not isinstance(v, QTensor | PreparedInput)})
     meta = {"format": "hf-packed" if quant else "hf", "dtype": raw.get("dtype") or raw.get("torch_dtype") or dtypes[0]}
     return Model(config, trees.build(flat), load_tokenizer(folder), str(folder), meta)
 
@@ -136,17 +139,26 @@ class HfWriter:
         self.shards = ShardWriter(folder, max_shard_bytes)
         self.formats: dict[str, str] = {}
         self.dtypes: dict[str, str] = {}
-        self.inputs: dict[str, str] = {}
+        self.names: dict[str, dict[str, str]] = {"input": {}, "online": {}}
         self.seen: dict[str, str] = {}
         to_hf(config, dtype or "float32", native=packed)  # fails before anything is written
 
     def add(self, path: str, leaf: Any) -> None:
-        """Appends one parameter: an array, `QTensor`, `Latent` or `QuantizedInput`."""
+        """Appends one parameter: an array, `QTensor`, `Latent` or `PreparedInput`."""
         if path in self.seen:
             raise InputError(f"parameter {path} twice (allowed: once)")
-        if isinstance(leaf, QuantizedInput):
+        if isinstance(leaf, PreparedInput):
+            names, arrays = describe(leaf)
             if self.packed:
-                self.inputs[path] = leaf.act.name
+                for kind, name in names.items():
+                    self.names[kind][path] = name
+                for name, a in arrays.items():
+                    self.shards.add(f"{path}.{name}", np.asarray(a))
+            elif leaf.op is not None:
+                raise InputError(
+                    f"cannot save {path}: its input is transformed online ({leaf.op.name}), which only a packed folder "
+                    "holds (allowed: packed)"
+                )
             leaf = leaf.w
         if isinstance(leaf, Latent):
             leaf = leaf.encode() if self.packed else leaf.value()
@@ -178,8 +190,10 @@ class HfWriter:
                 "version": VERSION,
                 "formats": self.formats,
                 "dtypes": self.dtypes,
-                "inputs": self.inputs,
+                "inputs": self.names["input"],
             }
+            if self.names["online"]:
+                out["quantization_config"]["online"] = self.names["online"]
         generation = {k: out[k] for k in ("bos_token_id", "eos_token_id")} | {"_from_model_config": True}
         _write_json(self.folder / "config.json", out)
         _write_json(self.folder / "generation_config.json", generation)
@@ -242,13 +256,16 @@ def _readers(folder: Path, config: ModelConfig, quant: dict[str, Any] | None) ->
     """Checks names and shapes against the configuration; a function for each leaf reads it."""
     shards = Shards(folder)
     fmts = {path: formats.get(name) for path, name in (quant or {}).get("formats", {}).items()}
-    acts = {path: get_act(name) for path, name in (quant or {}).get("inputs", {}).items()}
+    names: dict[str, dict[str, str]] = {}
+    for kind, key in (("input", "inputs"), ("online", "online")):
+        for path, name in (quant or {}).get(key, {}).items():
+            names.setdefault(path, {})[kind] = name
     dtypes = (quant or {}).get("dtypes", {})
     for path, dtype in dtypes.items():
         if dtype not in FLOATS:
             raise unknown(f"dtype of {path} in config.json", dtype, FLOATS)
     shapes = config.shapes()
-    if stray := sorted(p for p in {**fmts, **acts} if len(shapes.get(p, ())) != 2):
+    if stray := sorted(p for p in {**fmts, **names} if len(shapes.get(p, ())) != 2):
         raise InputError(f"config.json gives formats to what is no matrix of the model: {some(stray)}")
 
     rename = _renamer(shards)
@@ -262,6 +279,11 @@ def _readers(folder: Path, config: ModelConfig, quant: dict[str, Any] | None) ->
         else:
             where[path] = {"": rename(tensor_name(path))}
             expected[where[path][""]] = (shape, None)
+    prepared: dict[str, dict[str, str]] = {}  # path -> {array of its activation format or transform: tensor name}
+    for path, kinds in names.items():
+        own = described_shapes(kinds, shapes[path][1])
+        prepared[path] = {name: f"{path}.{name}" for name in own}
+        expected |= {f"{path}.{name}": (shape, None) for name, shape in own.items()}
     _check(folder, config, shards, expected)
 
     def read(path: str) -> Any:
@@ -271,7 +293,8 @@ def _readers(folder: Path, config: ModelConfig, quant: dict[str, Any] | None) ->
             leaf: Any = QTensor(arrays, fmts[path], (shape[0], shape[1]), dtypes.get(path, "float32"))
         else:
             leaf = shards.read(where[path][""])
-        return QuantizedInput(leaf, acts[path]) if path in acts else leaf
+        own = {name: jnp.asarray(shards.read(n)) for name, n in prepared.get(path, {}).items()}
+        return restore(leaf, names.get(path, {}), own)
 
     return {path: functools.partial(read, path) for path in shapes}
 

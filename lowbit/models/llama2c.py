@@ -26,7 +26,7 @@ from lowbit import tree as trees
 from lowbit.errors import InputError
 from lowbit.formats import base as formats
 from lowbit.formats.base import QTensor
-from lowbit.formats.fake_quant import QuantizedInput, get_act
+from lowbit.formats.fake_quant import PreparedInput, get_act
 from lowbit.models.config import ModelConfig
 from lowbit.models.model import Model
 
@@ -111,7 +111,7 @@ def save_llama2c(model: Model, path: str | Path) -> None:
 
     def get(name: str) -> np.ndarray:
         leaf = trees.get(model.params, name)
-        if isinstance(leaf, QuantizedInput):
+        if isinstance(leaf, PreparedInput):
             raise InputError(f"a llama2.c file cannot hold the activation format of {name} (allowed: weights only)")
         leaf = leaf.decode() if isinstance(leaf, QTensor) else getattr(leaf, "value", lambda: leaf)()
         return _interleave(np.asarray(leaf, "<f4"), name, c)
@@ -307,7 +307,7 @@ def _read_bit(cur: _Cursor, h: _Header) -> dict[str, Any]:
             codes = values[fields].reshape(out, inner)
             if codes.max() > 1 or not np.isfinite(scale).all():
                 raise InputError(f"{cur.path}: {_layer(i, m)} is no ternary matrix (allowed: codes 00, 01, 11)")
-            flat[_layer(i, m)] = QuantizedInput(_pack(fmt, _halves(codes, m, c), scale), act)
+            flat[_layer(i, m)] = PreparedInput(_pack(fmt, _halves(codes, m, c), scale), act)
     return flat
 
 

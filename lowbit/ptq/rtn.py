@@ -22,7 +22,7 @@ from jaxtyping import Array, Float
 from lowbit import tree as trees
 from lowbit.errors import InputError
 from lowbit.formats.base import Format, Latent, Params, QTensor
-from lowbit.formats.fake_quant import QuantizedInput
+from lowbit.formats.fake_quant import PreparedInput
 from lowbit.models import hf
 from lowbit.models.hf import HfWriter, iter_tensors, tensor_name
 from lowbit.models.shards import INDEX, ShardWriter, atomic_folder
@@ -61,13 +61,17 @@ def quantize(params: Tree, assignment: Mapping[str, Any]) -> Tree:
 
 
 def quantize_leaf(path: str, leaf: Any, assignment: Mapping[str, Any]) -> Any:
-    """One parameter of `quantize`."""
+    """One parameter of `quantize`; the online transform of its input stays."""
     fmt, act = assignment.get(path), assignment.get(path + INPUT)
+    prepared = leaf if isinstance(leaf, PreparedInput) else PreparedInput(leaf)
+    w = prepared.w
+    if (fmt is not None and isinstance(w, QTensor | Latent)) or (prepared.act is not None and (fmt or act) is not None):
+        raise InputError(f"{path} is quantized already (allowed: float weights; nothing is quantized twice)")
     if fmt is not None:
-        if isinstance(leaf, QTensor | Latent | QuantizedInput):
-            raise InputError(f"{path} is quantized already (allowed: float weights; nothing is quantized twice)")
-        leaf = encode(fmt, leaf)
-    return leaf if act is None else QuantizedInput(leaf, act)
+        w = encode(fmt, w)
+    if act is None:
+        return dataclasses.replace(leaf, w=w) if isinstance(leaf, PreparedInput) else w
+    return dataclasses.replace(prepared, w=w, act=act)
 
 
 # -- folders ----------------------------------------------------------------------------------------------------------
@@ -191,7 +195,7 @@ def _assemble(
         if fmt is not None:
             writer.formats[path], writer.dtypes[path] = fmt.name, "float32"
         if path + INPUT in assignment:
-            writer.inputs[path] = assignment[path + INPUT].name
+            writer.names["input"][path] = assignment[path + INPUT].name
     writer.close()
     for name in hf.TOKENIZER_FILES:
         if (src / name).is_file():

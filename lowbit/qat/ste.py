@@ -8,6 +8,7 @@ BitNet and most fake-quant trainers do; recipe `ste-learned` starts from the sam
 Both keep scales on the stored grid during training, so that conversion writes exactly what was trained.
 """
 
+import dataclasses
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -18,7 +19,7 @@ import jax.numpy as jnp
 from lowbit import tree as trees
 from lowbit.errors import InputError
 from lowbit.formats.base import Format, Latent, Params, QTensor
-from lowbit.formats.fake_quant import QuantizedInput, TokenInt
+from lowbit.formats.fake_quant import PreparedInput, TokenInt
 from lowbit.qat.base import Recipe, register
 from lowbit.tree import Tree
 
@@ -26,27 +27,31 @@ INPUT = ":in"
 
 
 def prepare(params: Tree, assignment: Mapping[str, Format | TokenInt], learned: bool = False) -> Tree:
-    """Latents (float32 masters) at the weight sites, `QuantizedInput` at the `path:in` sites; the rest unchanged.
+    """Latents (float32 masters) at the weight sites, `PreparedInput` at the `path:in` sites; the rest unchanged.
 
     Raises `InputError` on a site that the parameters lack, is quantized already, or whose format cannot be trained.
     """
     paths = dict(trees.items(params))
+    plain = {p: a.w if isinstance(a, PreparedInput) and a.act is None else a for p, a in paths.items()}
     for site, fmt in assignment.items():
         path = site.removesuffix(INPUT)
         if path not in paths:
             raise InputError(f"no parameter {path!r} for format {fmt.name!r} (there are {len(paths)})")
-        if not isinstance(paths[path], jax.Array):
-            kind = type(paths[path]).__name__
+        if not isinstance(plain[path], jax.Array):
+            kind = type(plain[path]).__name__
             raise InputError(f"{path} is a {kind} already (allowed: a float array; decode it first)")
         if isinstance(fmt, Format) and not fmt.trainable:
             raise InputError(f"format {fmt.name!r} of {path} has no gradient (use it with a solver instead)")
 
     def one(path: str, leaf: Any) -> Any:
         fmt, act = assignment.get(path), assignment.get(path + INPUT)
+        w = plain[path]
         if fmt is not None:
-            w = leaf.astype(jnp.float32)
-            leaf = Latent(w, _init(fmt, w) if learned else {}, fmt)
-        return leaf if act is None else QuantizedInput(leaf, act)
+            w = w.astype(jnp.float32)
+            w = Latent(w, _init(fmt, w) if learned else {}, fmt)
+        if isinstance(leaf, PreparedInput):  # an online transform stays
+            return dataclasses.replace(leaf, w=w if fmt is not None else leaf.w, act=leaf.act if act is None else act)
+        return w if act is None else PreparedInput(w, act)
 
     return trees.map_leaves(one, params)
 
@@ -55,8 +60,8 @@ def convert(params: Tree) -> Tree:
     """Every latent as packed codes and scales (those of the last forward pass); other leaves unchanged."""
 
     def one(path: str, leaf: Any) -> Any:
-        if isinstance(leaf, QuantizedInput):
-            return QuantizedInput(one(path, leaf.w), leaf.act)
+        if isinstance(leaf, PreparedInput):
+            return dataclasses.replace(leaf, w=one(path, leaf.w))
         if not isinstance(leaf, Latent):
             return leaf
         try:

@@ -10,9 +10,10 @@ from typing import Any
 
 from lowbit import tree as trees
 from lowbit.errors import InputError, unknown
-from lowbit.formats import base, fake_quant
+from lowbit.formats import base
 from lowbit.formats.base import Latent, QTensor
-from lowbit.formats.fake_quant import QuantizedInput
+from lowbit.formats.fake_quant import PreparedInput
+from lowbit.linalg import online
 from lowbit.tree import Tree
 
 Flat = dict[str, Any]  # arrays, or `ShapeDtypeStruct`s where nothing is computed yet
@@ -25,8 +26,10 @@ def flatten(params: Mapping[str, Any]) -> tuple[Flat, Layout]:
     layout: Layout = {}
     for path, leaf in trees.items(params):
         entry: dict[str, Any] = {}
-        if isinstance(leaf, QuantizedInput):
-            entry["input"] = leaf.act.name
+        if isinstance(leaf, PreparedInput):
+            names, arrays = online.describe(leaf)
+            entry |= names | {"prepared": sorted(arrays)}
+            flat |= {f"{path}:{k}": arrays[k] for k in sorted(arrays)}
             leaf = leaf.w
         if isinstance(leaf, Latent):
             entry |= {"kind": "latent", "format": leaf.format.name, "arrays": sorted(leaf.params)}
@@ -59,14 +62,16 @@ def unflatten(flat: Mapping[str, Any], layout: Layout) -> Tree:
                     leaf = QTensor(arrays, base.get(entry["format"]), tuple(entry["shape"]), entry["dtype"])
                 case kind:
                     raise unknown(f"kind of {path}", kind, ["array", "latent", "packed"])
+            own = {k: flat[f"{path}:{k}"] for k in entry.get("prepared", ())}
         except KeyError as e:
             raise InputError(f"parameters have no {e.args[0]!r} (needed for {path})") from e
-        out[path] = QuantizedInput(leaf, fake_quant.get_act(entry["input"])) if "input" in entry else leaf
+        out[path] = online.restore(leaf, {k: entry[k] for k in ("input", "online") if k in entry}, own)
     return trees.build(out)
 
 
 def trainable(layout: Layout) -> set[str]:
-    """Names that an optimizer may change: everything but the arrays of packed weights."""
+    """Names that an optimizer may change: everything but the arrays of packed weights, of activation formats and of
+    online transforms."""
     names: set[str] = set()
     for path, entry in layout.items():
         if entry["kind"] == "packed":

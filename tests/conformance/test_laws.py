@@ -17,7 +17,7 @@ from battery import SHAPE, same_bits, same_tree, weights
 
 from lowbit.formats import base
 from lowbit.formats.base import FormatError, Latent, QTensor
-from lowbit.formats.fake_quant import QuantizedInput, get_act
+from lowbit.formats.fake_quant import PreparedInput, get_act
 from lowbit.formats.floats import FloatFormat
 from lowbit.formats.ggml import GGML
 from lowbit.formats.integer import Integer, Uniform
@@ -384,7 +384,7 @@ def test_kernel_law_shapes_and_dtypes():
     np.testing.assert_array_equal(qdot(x, Latent(jnp.asarray(W["normal"]), {}, q.format)), qdot(x, q))
     act = get_act("int8:token")
     want = np.asarray(act.fake_quant(x), np.float64) @ w.T
-    np.testing.assert_allclose(qdot(x, QuantizedInput(q, act)), want, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(qdot(x, PreparedInput(q, act)), want, rtol=1e-4, atol=1e-5)
 
 
 @over(NAMES, sorted({*NAMES} - {"int1:g64", "int3:g64:asym:rounded", "int4:g64", "ternary:tensor", "q4_1", "tq1_0"}))

@@ -11,7 +11,7 @@ from lowbit.export.api import ExportMismatch, export
 from lowbit.export.gguf import write_gguf
 from lowbit.export.gguf_file import parse
 from lowbit.export.gguf_read import read_gguf
-from lowbit.formats.fake_quant import QuantizedInput, get_act
+from lowbit.formats.fake_quant import PreparedInput, get_act
 from tests.export.small_models import CASES, byte_model, model, packed
 
 
@@ -128,7 +128,7 @@ def test_a_file_that_the_library_cannot_read_is_an_error(tmp_path, monkeypatch):
 
 def test_activation_formats(tmp_path):
     m = packed(model(num_layers=1), "q8_0")
-    params = trees.map_leaves(lambda p, w: QuantizedInput(w, get_act("int8:token")) if "up_proj" in p else w, m.params)
+    params = trees.map_leaves(lambda p, w: PreparedInput(w, get_act("int8:token")) if "up_proj" in p else w, m.params)
     m = m.replace(params=params)
     for to in ("gguf", "hf"):
         with pytest.raises(InputError, match="quantizes its input"):

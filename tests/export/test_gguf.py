@@ -17,7 +17,7 @@ from lowbit.export.gguf_file import parse
 from lowbit.export.gguf_read import read_gguf
 from lowbit.formats.base import Latent, QTensor
 from lowbit.formats.base import get as get_format
-from lowbit.formats.fake_quant import QuantizedInput, get_act
+from lowbit.formats.fake_quant import PreparedInput, get_act
 from lowbit.models.llama2c import load_llama2c
 from tests.export.small_models import CASES, byte_model, config, model, packed, weights
 from tests.shared import shared_path
@@ -140,7 +140,7 @@ def test_latents_give_their_trained_codes(tmp_path):
 def test_activation_formats_are_refused_unless_dropped(tmp_path):
     m = packed(model(), "q8_0")
     path = "model.layers.0.mlp.up_proj"
-    params = trees.map_leaves(lambda p, w: QuantizedInput(w, get_act("int8:token")) if p == path else w, m.params)
+    params = trees.map_leaves(lambda p, w: PreparedInput(w, get_act("int8:token")) if p == path else w, m.params)
     m = m.replace(params=params)
     with pytest.raises(InputError, match=f"{path} quantizes its input .*drop_activations"):
         write_gguf(m, tmp_path / "m.gguf")

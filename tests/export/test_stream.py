@@ -14,7 +14,7 @@ from lowbit.export.api import ExportMismatch, export
 from lowbit.export.gguf import write_gguf
 from lowbit.export.gguf_file import parse
 from lowbit.export.hf import export_hf
-from lowbit.formats.fake_quant import QuantizedInput, get_act
+from lowbit.formats.fake_quant import PreparedInput, get_act
 from lowbit.models import hf
 from lowbit.models.shards import Shards
 from lowbit.plan import Plan, Rule
@@ -153,7 +153,7 @@ def test_kl_rule(folder, tmp_path):
 def test_activation_formats(to, tmp_path):
     m = packed(model(num_layers=1), "q8_0")
     up = m.params["model"]["layers"]["0"]["mlp"]
-    up["up_proj"] = QuantizedInput(up["up_proj"], get_act("int8:token"))
+    up["up_proj"] = PreparedInput(up["up_proj"], get_act("int8:token"))
     hf.save_hf(m, tmp_path / "m", dtype=None, packed=True)
     with pytest.raises(InputError, match="up_proj quantizes its input"):
         export(tmp_path / "m", to, tmp_path / "out")

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from lowbit import tree as trees
 from lowbit.errors import InputError
 from lowbit.formats.base import QTensor
-from lowbit.formats.fake_quant import QuantizedInput, get_act
+from lowbit.formats.fake_quant import PreparedInput, get_act
 from lowbit.models import hf
 from lowbit.models.hf import iter_tensors, load_hf, resolve, save_hf
 from lowbit.models.shards import Shards, ShardWriter
@@ -98,7 +98,7 @@ def test_latent_weights_are_saved_as_their_codes(tmp_path):
 def test_activation_formats_and_our_own_architecture_survive_packing(tmp_path):
     model = quantized(tiny("bit"), {"model.layers.0.mlp.up_proj": "ternary:tensor:f32"})
     act = get_act("int8:token:bitnet")
-    wrap = lambda p, a: QuantizedInput(a, act) if "_proj" in p else a  # noqa: E731
+    wrap = lambda p, a: PreparedInput(a, act) if "_proj" in p else a  # noqa: E731
     model = model.replace(params=trees.map_leaves(wrap, model.params))
     save_hf(model, tmp_path / "m", dtype="float32", packed=True)
     back = load_hf(tmp_path / "m")

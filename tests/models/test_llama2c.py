@@ -6,7 +6,7 @@ import pytest
 
 from lowbit.errors import InputError
 from lowbit.formats.base import QTensor
-from lowbit.formats.fake_quant import QuantizedInput
+from lowbit.formats.fake_quant import PreparedInput
 from lowbit.models import llama2c
 from lowbit.models.llama2c import load_llama2c, save_llama2c
 from tests.models.tiny import quantized, tiny
@@ -67,7 +67,7 @@ def test_bit_model_is_ternary_with_8_bit_inputs():
     model = load_llama2c(shared_path(f"{BIT}/bit_model_1M.bin"))
     assert model.config.num_params == 1_245_312
     leaf = model.params["model"]["layers"]["3"]["mlp"]["down_proj"]
-    assert isinstance(leaf, QuantizedInput) and leaf.w.format.name == "ternary:tensor:f32"
+    assert isinstance(leaf, PreparedInput) and leaf.w.format.name == "ternary:tensor:f32"
     assert np.unique(np.abs(np.asarray(leaf.w.decode()))).size == 2
     assert "down_proj.bias" not in model.params["model"]["layers"]["3"]["mlp"]
 

@@ -13,7 +13,7 @@ from lowbit.export.gguf import write_gguf
 from lowbit.export.gguf_read import read_gguf
 from lowbit.formats import base as formats
 from lowbit.formats.base import QTensor
-from lowbit.formats.fake_quant import QuantizedInput
+from lowbit.formats.fake_quant import PreparedInput
 from lowbit.models.hf import load_hf, save_hf
 from lowbit.plan import Plan, Rule
 from lowbit.ptq import rtn
@@ -60,8 +60,8 @@ def test_quantize_assigns_formats_and_inputs():
     params = rtn.quantize(m.params, plan.resolve(m.config.shapes()))
     flat = dict(trees.items(params))
     assert flat["model.layers.0.mlp.down_proj"].format.name == "int8:channel"
-    assert isinstance(flat["model.layers.1.mlp.up_proj"], QuantizedInput)
-    assert sum(isinstance(x, QTensor | QuantizedInput) for x in flat.values()) == 14
+    assert isinstance(flat["model.layers.1.mlp.up_proj"], PreparedInput)
+    assert sum(isinstance(x, QTensor | PreparedInput) for x in flat.values()) == 14
     assert flat["model.embed_tokens"] is m.params["model"]["embed_tokens"]
     with pytest.raises(InputError, match="down_proj is quantized already"):
         rtn.quantize(params, {"model.layers.0.mlp.down_proj": formats.get("q4_0")})

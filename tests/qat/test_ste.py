@@ -10,7 +10,7 @@ from lowbit import qat
 from lowbit import tree as trees
 from lowbit.errors import InputError
 from lowbit.formats.base import Latent, QTensor
-from lowbit.formats.fake_quant import QuantizedInput
+from lowbit.formats.fake_quant import PreparedInput
 from lowbit.models.decoder import forward
 from lowbit.plan import Plan, Rule
 
@@ -52,7 +52,7 @@ def test_prepare_makes_float32_masters_and_keeps_the_rest():
     out = dict(trees.items(qat.get("ste").prepare(p, MIXED.resolve(CONFIG.shapes()))))
     assert isinstance(out["model.embed_tokens"], Latent) and out["model.embed_tokens"].w.dtype == jnp.float32
     down = out["model.layers.0.mlp.down_proj"]
-    assert isinstance(down, QuantizedInput) and isinstance(down.w, Latent) and down.act.name == "int8:token"
+    assert isinstance(down, PreparedInput) and isinstance(down.w, Latent) and down.act.name == "int8:token"
     assert out["lm_head"].dtype == jnp.bfloat16 and out["model.norm"].dtype == jnp.bfloat16
 
 
@@ -80,7 +80,7 @@ def test_convert_packs_every_latent_and_keeps_inputs():
     out = dict(trees.items(r.convert(r.prepare(params(), MIXED.resolve(CONFIG.shapes())))))
     assert not [p for p, leaf in out.items() if isinstance(leaf, Latent)]
     down = out["model.layers.1.mlp.down_proj"]
-    assert isinstance(down, QuantizedInput) and isinstance(down.w, QTensor)
+    assert isinstance(down, PreparedInput) and isinstance(down.w, QTensor)
 
 
 def test_refusals():

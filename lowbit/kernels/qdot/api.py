@@ -5,14 +5,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from lowbit.formats.base import Latent, QTensor
-from lowbit.formats.fake_quant import QuantizedInput
+from lowbit.formats.fake_quant import PreparedInput
 
-Weight = Array | QTensor | Latent | QuantizedInput
+Weight = Array | QTensor | Latent | PreparedInput
 
 
 def dense(w: Weight) -> Float[Array, "O I"]:
     """The weight matrix that the product uses."""
-    if isinstance(w, QuantizedInput):
+    if isinstance(w, PreparedInput):
         return dense(w.w)
     if isinstance(w, QTensor):
         return w.decode()
@@ -21,13 +21,17 @@ def dense(w: Weight) -> Float[Array, "O I"]:
     return w
 
 
+def prepared(x_BTI: Float[Array, "*batch I"], w: Weight) -> Float[Array, "*batch I"]:
+    """The input as the product takes it: after the weight's online transform and activation format, if it has any."""
+    return w.prepare(x_BTI) if isinstance(w, PreparedInput) else x_BTI
+
+
 def qdot(x_BTI: Float[Array, "*batch I"], w: Weight) -> Float[Array, "*batch O"]:
     """`x @ decode(w).T` in `x`'s dtype, accumulated in float32 at least.
 
-    A `QuantizedInput` first applies its activation format to `x`.
+    A `PreparedInput` first transforms and quantizes `x`.
     """
-    if isinstance(w, QuantizedInput):
-        x_BTI = w.act.fake_quant(x_BTI)
+    x_BTI = prepared(x_BTI, w)
     w_OI = dense(w).astype(x_BTI.dtype)
     acc = jnp.promote_types(x_BTI.dtype, jnp.float32)
     dims = (((x_BTI.ndim - 1,), (1,)), ((), ()))
