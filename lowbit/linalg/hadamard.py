@@ -124,21 +124,28 @@ class Transform:
     blocks: int = 1
     symmetric: bool = True
 
-    def __call__(self, x: Float[Array, "*batch n"], inverse: bool = False) -> Float[Array, "*batch n"]:
+    def __call__(
+        self, x: Float[Array | np.ndarray, "*batch n"], inverse: bool = False
+    ) -> Float[Array | np.ndarray, "*batch n"]:
         """`x @ T.T` (or `x @ T`, the inverse) along the last axis, computed in float32 (float64 for float64), in x's
-        dtype. The gradient is the transposed transform, by differentiation of the products."""
+        dtype. The gradient is the transposed transform, by differentiation of the products. A float64 numpy array is
+        transformed on the host, where jax would narrow it."""
         if x.shape[-1] != self.n:
             raise InputError(f"transform of length {self.n} on a last axis of {x.shape[-1]} (allowed: {self.n})")
         dtype = jnp.promote_types(x.dtype, jnp.float32)
         mats = [_factor(f) for f in self.factors]
         sizes = [m.shape[0] for m in mats]
+        scale = math.sqrt(math.prod(round(float(m[0] @ m[0])) for m in mats))
         y = x.astype(dtype).reshape(*x.shape[:-1], self.blocks, *sizes)
+        if isinstance(x, np.ndarray) and dtype == np.float64:
+            for i, m in enumerate(mats, y.ndim - len(mats)):
+                y = np.moveaxis(np.tensordot(y, m, axes=(i, 0 if inverse else 1)), -1, i)
+            return y.reshape(x.shape) / scale
         letters = "abcdefgh"[: len(sizes)]
         for i, m in enumerate(mats):
             out = letters[:i] + "z" + letters[i + 1 :]
             spec = f"...{letters},{letters[i]}z->...{out}" if inverse else f"...{letters},z{letters[i]}->...{out}"
             y = jnp.einsum(spec, y, jnp.asarray(m, dtype), precision=jax.lax.Precision.HIGHEST)
-        scale = math.sqrt(math.prod(round(float(m[0] @ m[0])) for m in mats))
         return (y.reshape(x.shape) * np.asarray(1 / scale, dtype)).astype(x.dtype)
 
     def dense(self) -> Float[np.ndarray, "n n"]:

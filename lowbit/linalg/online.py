@@ -28,6 +28,12 @@ from lowbit.errors import InputError, unknown
 from lowbit.formats.fake_quant import PreparedInput, get_act
 from lowbit.linalg import hadamard
 
+Values = Array | np.ndarray  # a float64 numpy array is computed on the host, where jax would narrow it
+
+
+def _on_host(x: Any) -> bool:
+    return isinstance(x, np.ndarray) and x.dtype == np.float64
+
 
 @partial(jax.tree_util.register_dataclass, data_fields=[], meta_fields=["n", "across", "inverted", "kind"])
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +62,7 @@ class Hadamard:
         if length % self.n:
             raise InputError(f"online transform {self.name} on {length} values (allowed: multiples of {self.n})")
 
-    def __call__(self, x: Float[Array, "*batch I"]) -> Float[Array, "*batch I"]:
+    def __call__(self, x: Float[Values, "*batch I"]) -> Float[Values, "*batch I"]:
         """Computed in float32 at least, returned in `x`'s dtype."""
         self.check(x.shape[-1])
         t = hadamard.transform(self.n, "dct" if self.kind == "dct" else "refuse")
@@ -64,6 +70,10 @@ class Hadamard:
             y = t(rearrange(x, "... (n r) -> ... r n", n=self.n), self.inverted)
             return rearrange(y, "... r n -> ... (n r)")
         return t(x.reshape(*x.shape[:-1], -1, self.n), self.inverted).reshape(x.shape)
+
+    def into(self, w_OI: Float[Values, "O I"]) -> Float[Values, "O I"]:
+        """`W T^-1`: the weight for an input that this op has transformed. A row w of it is `T^-T w`, here `T w`."""
+        return self(w_OI)
 
     def inverse(self) -> "Hadamard":
         """The op that undoes this one."""
@@ -101,13 +111,26 @@ class Kronecker:
         if length != a * b:
             raise InputError(f"online transform {self.name} on {length} values (allowed: {a * b})")
 
-    def __call__(self, x: Float[Array, "*batch I"]) -> Float[Array, "*batch I"]:
+    def __call__(self, x: Float[Values, "*batch I"]) -> Float[Values, "*batch I"]:
         """Computed in float32 at least, returned in `x`'s dtype."""
+        return self._map(x, self.left, self.right)
+
+    def into(self, w_OI: Float[Values, "O I"]) -> Float[Values, "O I"]:
+        """`W T^-1`: the weight for an input that this op has transformed."""
+        inv = np.linalg.inv if _on_host(w_OI) else jnp.linalg.inv
+        dtype = np.float64 if _on_host(w_OI) else jnp.promote_types(w_OI.dtype, jnp.float32)
+        # A row w of it is T^-T w.
+        return self._map(w_OI, *(inv(m.astype(dtype)).T for m in (self.left, self.right)))
+
+    def _map(self, x: Values, left: Any, right: Any) -> Values:
         self.check(x.shape[-1])
         dtype = jnp.promote_types(x.dtype, jnp.float32)
-        y = rearrange(x.astype(dtype), "... (a b) -> ... a b", b=self.right.shape[-1])
-        left, right = jnp.asarray(self.left, dtype), jnp.asarray(self.right, dtype)
-        y = jnp.einsum("...ab,ca,db->...cd", y, left, right, precision=jax.lax.Precision.HIGHEST)
+        y = rearrange(x.astype(dtype), "... (a b) -> ... a b", b=right.shape[-1])
+        if _on_host(x):
+            y = np.asarray(left, np.float64) @ y @ np.asarray(right, np.float64).T
+        else:
+            left, right = jnp.asarray(left, dtype), jnp.asarray(right, dtype)
+            y = jnp.einsum("...ab,ca,db->...cd", y, left, right, precision=jax.lax.Precision.HIGHEST)
         return rearrange(y, "... a b -> ... (a b)").astype(x.dtype)
 
     def inverse(self) -> "Kronecker":
@@ -161,7 +184,9 @@ def described_shapes(names: dict[str, str], length: int) -> dict[str, tuple[int,
     unknown names, and for ops that do not take such an input."""
     shapes: dict[str, tuple[int, ...]] = {}
     if "input" in names:
-        shapes |= {f"input.{k}": s for k, s in get_act(names["input"]).array_shapes(length).items()}
+        act = get_act(names["input"])
+        act.check((length,))
+        shapes |= {f"input.{k}": s for k, s in act.array_shapes(length).items()}
     if "online" in names:
         own = array_shapes(names["online"])
         shapes |= {f"online.{k}": s for k, s in own.items()}

@@ -1,0 +1,1 @@
+"""Equivalent networks that are easier to quantize: one transform per file."""
