@@ -118,4 +118,4 @@ def no_more(name: str, keys: list[str], allowed: Sequence[str]) -> None:
 
 
 def _load_all() -> None:
-    from lowbit.rotations import quarot  # noqa: F401  (each module registers its transforms)
+    from lowbit.rotations import flatquant, quarot, smoothquant, spinquant  # noqa: F401  (each module registers its transforms)
