@@ -25,7 +25,8 @@ from einops import rearrange
 from jaxtyping import Array, Float
 
 from lowbit.errors import InputError, unknown
-from lowbit.formats.fake_quant import PreparedInput, get_act
+from lowbit.formats.activation import get_act
+from lowbit.formats.fake_quant import PreparedInput
 from lowbit.linalg import hadamard
 
 
@@ -161,7 +162,9 @@ def described_shapes(names: dict[str, str], length: int) -> dict[str, tuple[int,
     unknown names, and for ops that do not take such an input."""
     shapes: dict[str, tuple[int, ...]] = {}
     if "input" in names:
-        shapes |= {f"input.{k}": s for k, s in get_act(names["input"]).array_shapes(length).items()}
+        act = get_act(names["input"])
+        act.check((length,))
+        shapes |= {f"input.{k}": s for k, s in act.array_shapes(length).items()}
     if "online" in names:
         own = array_shapes(names["online"])
         shapes |= {f"online.{k}": s for k, s in own.items()}
