@@ -22,9 +22,9 @@ import jax
 import jax.numpy as jnp
 
 from lowbit.errors import InputError, unknown
-from lowbit.formats import base, fake_quant
+from lowbit.formats import activation, base
+from lowbit.formats.activation import ActFormat
 from lowbit.formats.base import Format
-from lowbit.formats.fake_quant import TokenInt
 
 KEEP = "bf16"
 KEPT = {"bfloat16": "bf16", "float16": "fp16", "float32": "f32"}  # how the table calls what is kept
@@ -84,7 +84,7 @@ class Plan:
             raise InputError(f"rules file {path} has no rules (allowed: [[rule]] tables with match and format)")
         return cls(tuple(_rule(path, i, entry) for i, entry in enumerate(entries, 1)), default)
 
-    def resolve(self, shapes: Shapes) -> dict[str, Format | TokenInt]:
+    def resolve(self, shapes: Shapes) -> dict[str, Format | ActFormat]:
         """`{site: format}` of every quantized site of a model with these parameters; kept tensors are left out.
 
         Raises `InputError` on a bad regex, an unknown format, a rule that matches nothing (or only what earlier
@@ -135,8 +135,9 @@ class Plan:
             if hit is None:
                 continue
             out.append((site, *hit))
-            if hit[1] is not None and not site.endswith(INPUT):
-                shape = tuple(shapes[site])
+            if hit[1] is not None:
+                shape = tuple(shapes[site.removesuffix(INPUT)])
+                shape = shape[1:] if site.endswith(INPUT) else shape
                 try:
                     hit[1].check(shape)
                 except InputError as e:
@@ -216,7 +217,7 @@ def _compile(number: int, rule: Rule) -> tuple[re.Pattern[str], Any]:
     if rule.format == KEEP:
         return regex, None
     try:
-        return regex, (fake_quant.get_act if rule.match.endswith(INPUT) else base.get)(rule.format)
+        return regex, (activation.get_act if rule.match.endswith(INPUT) else base.get)(rule.format)
     except InputError as e:
         raise InputError(f"rule {number}: {e}") from e
 

@@ -50,6 +50,7 @@ def test_a_weight_rule_does_not_address_inputs():
         ((Rule(".*q_proj:in", "int4:g16"),), None, ["rule 1", "activation format", "int8:token"]),
         ((Rule("attn.k_cache", "int8:channel"),), None, ["k_cache", "no format quantizes"]),
         ((Rule(r"model\.embed_tokens:in", "int8:token"),), None, ["matches nothing"]),
+        ((Rule(r".*q_proj:in", "int4:token:g64"),), None, ["int4:token:g64", Q0 + ":in [32]", "multiples of 64"]),
         ((), "int4:g64", ["int4:g64", Q0, "[32, 32]", "and 18 more"]),
         ((), "int9", ["int9"]),
     ],

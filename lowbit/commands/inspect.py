@@ -179,7 +179,7 @@ class Formats:
 
     def main(self) -> Result:
         from lowbit.formats import base
-        from lowbit.formats.fake_quant import ACTS, get_act
+        from lowbit.formats.activation import ACTS, get_act
         from lowbit.plan import encoded_bytes
 
         rows = []

@@ -43,6 +43,13 @@ def round_to(x: Float[Array, "*s"], storage: str) -> Float[Array, "*s"]:
     return jnp.clip(jnp.round(x / ulp) * ulp, -65504.0, 65504.0)
 
 
+def round_e4m3(x: Float[Array, "*s"]) -> Float[Array, "*s"]:
+    """float32 values rounded half to even to those of e4m3fn (4 exponent bits, 3 of mantissa, subnormals, no infinity);
+    saturating at 448."""
+    ulp = jnp.maximum(power_of_two(x), 2.0**-6) * np.float32(2.0**-3)
+    return jnp.clip(jnp.round(x / ulp) * ulp, -448.0, 448.0)
+
+
 @dataclasses.dataclass(frozen=True)
 class FloatFormat(Format):
     """Weights cast to a float type of 16 or 32 bits; nothing to fit, and the gradient is the identity.

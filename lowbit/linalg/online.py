@@ -25,7 +25,8 @@ from einops import rearrange
 from jaxtyping import Array, Float
 
 from lowbit.errors import InputError, unknown
-from lowbit.formats.fake_quant import PreparedInput, get_act
+from lowbit.formats.activation import get_act
+from lowbit.formats.fake_quant import PreparedInput
 from lowbit.linalg import hadamard
 
 Values = Array | np.ndarray  # a float64 numpy array is computed on the host, where jax would narrow it

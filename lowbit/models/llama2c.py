@@ -25,8 +25,9 @@ from lowbit import files
 from lowbit import tree as trees
 from lowbit.errors import InputError
 from lowbit.formats import base as formats
+from lowbit.formats.activation import get_act
 from lowbit.formats.base import QTensor
-from lowbit.formats.fake_quant import PreparedInput, get_act
+from lowbit.formats.fake_quant import PreparedInput
 from lowbit.models.config import ModelConfig
 from lowbit.models.model import Model
 

@@ -4,13 +4,13 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol
 
 from lowbit.errors import unknown
+from lowbit.formats.activation import ActFormat
 from lowbit.formats.base import Format
-from lowbit.formats.fake_quant import TokenInt
 from lowbit.tree import Tree
 
 
 class Prepare(Protocol):
-    def __call__(self, params: Tree, assignment: Mapping[str, Format | TokenInt]) -> Tree:
+    def __call__(self, params: Tree, assignment: Mapping[str, Format | ActFormat]) -> Tree:
         """Parameters in training: float32 latents at the sites of `assignment` (see `Plan.resolve`)."""
         ...
 

@@ -18,15 +18,16 @@ import jax.numpy as jnp
 
 from lowbit import tree as trees
 from lowbit.errors import InputError
+from lowbit.formats.activation import ActFormat
 from lowbit.formats.base import Format, Latent, Params, QTensor
-from lowbit.formats.fake_quant import PreparedInput, TokenInt
+from lowbit.formats.fake_quant import PreparedInput
 from lowbit.qat.base import Recipe, register
 from lowbit.tree import Tree
 
 INPUT = ":in"
 
 
-def prepare(params: Tree, assignment: Mapping[str, Format | TokenInt], learned: bool = False) -> Tree:
+def prepare(params: Tree, assignment: Mapping[str, Format | ActFormat], learned: bool = False) -> Tree:
     """Latents (float32 masters) at the weight sites, `PreparedInput` at the `path:in` sites; the rest unchanged.
 
     Raises `InputError` on a site that the parameters lack, is quantized already, or whose format cannot be trained.
@@ -42,6 +43,11 @@ def prepare(params: Tree, assignment: Mapping[str, Format | TokenInt], learned: 
             raise InputError(f"{path} is a {kind} already (allowed: a float array; decode it first)")
         if isinstance(fmt, Format) and not fmt.trainable:
             raise InputError(f"format {fmt.name!r} of {path} has no gradient (use it with a solver instead)")
+        if isinstance(fmt, ActFormat):
+            try:
+                fmt.check_params({})
+            except InputError as e:
+                raise InputError(f"{site}: {e}") from e
 
     def one(path: str, leaf: Any) -> Any:
         fmt, act = assignment.get(path), assignment.get(path + INPUT)

@@ -16,8 +16,9 @@ import pytest
 from battery import SHAPE, same_bits, same_tree, weights
 
 from lowbit.formats import base
+from lowbit.formats.activation import get_act
 from lowbit.formats.base import FormatError, Latent, QTensor
-from lowbit.formats.fake_quant import PreparedInput, get_act
+from lowbit.formats.fake_quant import PreparedInput
 from lowbit.formats.floats import FloatFormat
 from lowbit.formats.ggml import GGML
 from lowbit.formats.integer import Integer, Uniform

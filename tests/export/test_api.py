@@ -11,7 +11,8 @@ from lowbit.export.api import ExportMismatch, export
 from lowbit.export.gguf import write_gguf
 from lowbit.export.gguf_file import parse
 from lowbit.export.gguf_read import read_gguf
-from lowbit.formats.fake_quant import PreparedInput, get_act
+from lowbit.formats.activation import get_act
+from lowbit.formats.fake_quant import PreparedInput
 from tests.export.small_models import CASES, byte_model, model, packed
 
 

@@ -15,9 +15,10 @@ from lowbit.export import gguf_arch
 from lowbit.export.gguf import write_gguf
 from lowbit.export.gguf_file import parse
 from lowbit.export.gguf_read import read_gguf
+from lowbit.formats.activation import get_act
 from lowbit.formats.base import Latent, QTensor
 from lowbit.formats.base import get as get_format
-from lowbit.formats.fake_quant import PreparedInput, get_act
+from lowbit.formats.fake_quant import PreparedInput
 from lowbit.models.llama2c import load_llama2c
 from tests.export.small_models import CASES, byte_model, config, model, packed, weights
 from tests.shared import shared_path

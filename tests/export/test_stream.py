@@ -14,7 +14,8 @@ from lowbit.export.api import ExportMismatch, export
 from lowbit.export.gguf import write_gguf
 from lowbit.export.gguf_file import parse
 from lowbit.export.hf import export_hf
-from lowbit.formats.fake_quant import PreparedInput, get_act
+from lowbit.formats.activation import get_act
+from lowbit.formats.fake_quant import PreparedInput
 from lowbit.models import hf
 from lowbit.models.shards import Shards
 from lowbit.plan import Plan, Rule

@@ -3,8 +3,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lowbit.formats.activation import get_act
 from lowbit.formats.base import FormatError
-from lowbit.formats.fake_quant import get_act, lsq, ste_clip, ste_round
+from lowbit.formats.fake_quant import lsq, ste_clip, ste_round
 
 X = np.random.default_rng(0).standard_normal((6, 512)).astype(np.float32)
 

@@ -11,8 +11,9 @@ from safetensors import safe_open
 
 from lowbit import tree as trees
 from lowbit.errors import InputError
+from lowbit.formats.activation import get_act
 from lowbit.formats.base import QTensor
-from lowbit.formats.fake_quant import PreparedInput, get_act
+from lowbit.formats.fake_quant import PreparedInput
 from lowbit.models import hf
 from lowbit.models.hf import iter_tensors, load_hf, resolve, save_hf
 from lowbit.models.shards import Shards, ShardWriter

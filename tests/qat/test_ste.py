@@ -92,6 +92,9 @@ def test_refusals():
         r.prepare(p, {"model.layers.7.x": assignment["model.layers.0.self_attn.q_proj"]})
     with pytest.raises(InputError, match="q_proj is a Latent already"):
         r.prepare(r.prepare(p, assignment), assignment)
+    static = Plan((Rule(r".*\.down_proj:in", "int8:tensor"),)).resolve(CONFIG.shapes())
+    with pytest.raises(InputError, match="down_proj:in: activation format int8:tensor stores its scale.*calibration"):
+        r.prepare(p, static)
     q = p["model"]["layers"]["0"]["self_attn"]
     q["q_proj"] = q["q_proj"].at[1, 2].set(jnp.nan)
     with pytest.raises(InputError, match=r"layers.0.self_attn.q_proj: .*weight \[1, 2\] is nan"):
