@@ -20,8 +20,11 @@ import jax.numpy as jnp
 from lowbit.errors import InputError
 from lowbit.formats import base as formats
 from lowbit.formats.base import QTensor
+from lowbit.formats.kv import KVFormat
 from lowbit.linalg.online import restore
+from lowbit.models import cache as caches
 from lowbit.models import hf
+from lowbit.models.cache import CacheSite
 from lowbit.models.config import ModelConfig
 from lowbit.models.hf import HfWriter, tensor_name
 from lowbit.models.shards import INDEX, SINGLE, Shards, atomic_folder
@@ -57,18 +60,25 @@ def quantize_folder(
     src: Path,
     out: Path,
     solver: SolveBlock,
+    assignment: Mapping[str, Any],
     key: Mapping[str, Any],
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
     """Runs `solver` over the blocks of the folder `src` into the packed folder `out`.
 
-    `key` is all that the result depends on besides `src`, as JSON values: another one, or another source, starts anew.
+    Of the `assignment` only cache formats are attached here, the rest is the solver's. `key` is all else that the
+    result depends on besides `src`, as JSON values: another one, or another source or assignment, starts anew.
     `progress(done, total)` counts blocks. Raises `InputError`; `out` then holds what it held before.
     """
     config = hf.load_config(src)
-    blocks = blocks_of(hf.readers(src))
+    readers = dict(hf.readers(src))
+    for path, fmt in assignment.items():
+        if isinstance(fmt, KVFormat):
+            readers[path] = partial(_cache_site, readers.get(path, CacheSite), fmt, config.head_dim)
+    blocks = blocks_of(readers)
     state = out.with_name(f".{out.name}.partial")
-    here = state / _fingerprint(src, key)
+    plan = {site: fmt.name for site, fmt in assignment.items()}
+    here = state / _fingerprint(src, {**key, "plan": plan})
     try:
         if state.is_dir() and not here.is_dir():
             shutil.rmtree(state)
@@ -86,6 +96,12 @@ def quantize_folder(
     with atomic_folder(out) as tmp:
         _assemble(src, config, [here / f"{n:05}" for n in range(len(blocks))], tmp)
     shutil.rmtree(state)
+
+
+def _cache_site(read: Callable[[], CacheSite], fmt: KVFormat, head_dim: int) -> CacheSite:
+    site = dataclasses.replace(read(), format=fmt)
+    site.check(head_dim)
+    return site
 
 
 def _fingerprint(src: Path, key: Mapping[str, Any]) -> str:
@@ -111,7 +127,8 @@ def _write(done: Path, config: ModelConfig, leaves: Iterable[tuple[str, Any]]) -
             writer.add(path, leaf)
             del leaf  # before the next one is read
         writer.shards.close()
-        kinds = {"formats": writer.formats, "dtypes": writer.dtypes, "seen": writer.seen, **writer.names}
+        kinds = {"formats": writer.formats, "dtypes": writer.dtypes, "seen": writer.seen, "caches": writer.caches}
+        kinds |= writer.names
         (tmp / LEAVES).write_text(json.dumps(kinds))
         for path in tmp.iterdir():
             with open(path, "rb+") as f:
@@ -131,6 +148,8 @@ def _stored(done: Path, config: ModelConfig) -> Block:
     def read(path: str) -> Any:
         own = [n for n in shards if n.startswith(f"{path}.") and n not in plain]
         arrays = {n.removeprefix(f"{path}."): jnp.asarray(shards.read(n)) for n in own}
+        if path in kinds["caches"]:
+            return caches.restore(kinds["caches"][path], arrays)
         inputs = {k: arrays.pop(k) for k in list(arrays) if k.startswith(("input.", "online."))}
         if path in kinds["formats"]:
             out, inner = shapes[path]
@@ -140,7 +159,7 @@ def _stored(done: Path, config: ModelConfig) -> Block:
             leaf = shards.read(tensor_name(path))
         return restore(leaf, {k: kinds[k][path] for k in ("input", "online") if path in kinds[k]}, inputs)
 
-    return {path: partial(read, path) for path in kinds["seen"]}
+    return {path: partial(read, path) for path in (*kinds["seen"], *kinds["caches"])}
 
 
 @dataclasses.dataclass
@@ -174,6 +193,7 @@ def _assemble(src: Path, config: ModelConfig, blocks: list[Path], tmp: Path) -> 
         writer.formats |= kinds["formats"]
         writer.dtypes |= kinds["dtypes"]
         writer.seen |= kinds["seen"]
+        writer.caches |= kinds["caches"]
         for kind, names in writer.names.items():
             names |= kinds[kind]
     writer.close()

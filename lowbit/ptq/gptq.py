@@ -33,6 +33,7 @@ from lowbit.formats.base import Format, Params, QTensor
 from lowbit.formats.fake_quant import PreparedInput
 from lowbit.linalg.online import describe
 from lowbit.models import hf
+from lowbit.models.cache import attach
 from lowbit.models.config import ModelConfig
 from lowbit.models.model import Model
 from lowbit.plan import INPUT, Plan
@@ -159,6 +160,7 @@ def _solve(
     t = fmt.tile[1]
     params = None if refit else fmt.fit_block(w_OI, importance_I)
     w_IO = rearrange(w_OI, "o i -> i o")[order_I]
+    chunk = width * _divisor(I // width, max(1, 512 // width))  # of the columns so far, so that none to come are read
 
     def one_block(carry: tuple[Array, Array], xs: Any) -> tuple[tuple[Array, Array], Any]:
         d_IO, loss_O = carry  # W - W_hat of the columns so far, zero in those to come
@@ -171,7 +173,13 @@ def _solve(
         U_WW = jax.lax.linalg.triangular_solve(R_WW, jnp.eye(width), left_side=True, lower=False)
         F_WW = jnp.einsum("kts,ksw->ktw", R_ktt, rearrange(U_WW, "(k s) w -> k s w", s=t), precision=HIGHEST)
         F_WW = rearrange(F_WW, "k t w -> (k t) w")  # U_kk^-1 U_k,rest in the rows of tile k
-        far_WO = jnp.einsum("iw,io->wo", R_IW, d_IO, precision=HIGHEST)
+
+        def add(j: Array, far_WO: Array) -> Array:
+            R_CW = jax.lax.dynamic_slice_in_dim(R_IW, j * chunk, chunk)
+            d_CO = jax.lax.dynamic_slice_in_dim(d_IO, j * chunk, chunk)
+            return far_WO + jnp.einsum("cw,co->wo", R_CW, d_CO, precision=HIGHEST)
+
+        far_WO = jax.lax.fori_loop(0, (start + chunk - 1) // chunk, add, jnp.zeros((width, O), jnp.float32))
         now_WO = w_WO + jnp.einsum("vw,vo->wo", U_WW, far_WO, precision=HIGHEST)
         own = fmt.fit_block(rearrange(now_WO, "w o -> o w"), weight_W) if refit else params
 
@@ -226,9 +234,10 @@ def quantize(
     through what is quantized already. Weights outside of the layers are rounded to nearest. Static activation formats
     get their range from the same text. Options are those of `GptqOptions`. Raises `InputError`.
     """
-    rtn.check_paths(model.params, assignment)
+    params, assignment = attach(model.params, assignment)
+    rtn.check_paths(params, assignment)
     solver = _blocks(model.config, assignment, documents, model.tokenizer, GptqOptions(**options))
-    readers = readers_of(model.params)
+    readers = readers_of(params)
     known = model.config.shapes()
     blocks = blocks_of({path: readers[path] for path in (*known, *(p for p in readers if p not in known))})
     flat: dict[str, Any] = {}
@@ -255,10 +264,9 @@ def quantize_dir(
     config = hf.load_config(src)
     assignment = plan.resolve(config.shapes()) if isinstance(plan, Plan) else dict(plan)
     solver = _blocks(config, assignment, documents, hf.load_tokenizer(src), opts)
-    names = {site: fmt.name for site, fmt in assignment.items()}
     text = hashlib.sha256(solver.tokens_BT.tobytes()).hexdigest()
-    key = {"solver": "gptq", "plan": names, "options": dataclasses.asdict(opts), "tokens": text}
-    quantize_folder(src, Path(out), solver, key, progress)
+    key = {"solver": "gptq", "options": dataclasses.asdict(opts), "tokens": text}
+    quantize_folder(src, Path(out), solver, assignment, key, progress)
 
 
 def _blocks(

@@ -18,7 +18,7 @@ from lowbit.models import decoder
 from lowbit.models.hf import load_hf, save_hf
 from lowbit.models.llama2c import load_llama2c
 from lowbit.plan import Plan, Rule
-from lowbit.ptq import calibrate, gptq, rtn
+from lowbit.ptq import base, calibrate, gptq, rtn
 from lowbit.ptq.calibrate import Stream, model_statistics, readers_of, tokenize
 from tests.export.small_models import byte_model
 from tests.ptq.test_rtn import Interrupted, interrupt_at, same
@@ -238,6 +238,23 @@ def test_rtn_keeps_online_transforms(src, tmp_path):
     before, after = (dict(trees.items(load_hf(tmp_path / n).params)) for n in "ab")
     path = "model.layers.0.mlp.up_proj"
     same({path: after[path]}, {path: before[path]})
+
+
+@pytest.mark.parametrize("solver", ["rtn", "gptq"])
+def test_caches_come_along(solver, src, tmp_path):
+    """Cache formats of a plan, in memory and in folders, through an interruption."""
+    plan = Plan((Rule(r".*\.k_cache", "int4:token"), Rule(r".*\.0\..*v_cache", "int8:token")), "int8")
+    solve, m = base.get(solver), load_hf(src)
+    options = {"documents": TEXT, **(SMALL if solver == "gptq" else {})}
+    wanted = dict(trees.items(solve.quantize(m, plan.resolve(m.config.shapes()), **options)))
+    with pytest.raises(Interrupted):
+        solve.quantize_dir(src, plan, tmp_path / "out", interrupt_at(3), **options)
+    solve.quantize_dir(src, plan, tmp_path / "out", **options)
+    back = dict(trees.items(load_hf(tmp_path / "out").params))
+    found = {p: x.name for p, x in back.items() if p.endswith("_cache")}
+    assert found == {p: x.name for p, x in wanted.items() if p.endswith("_cache")} and len(found) == 3
+    path = "model.layers.1.self_attn.o_proj"
+    same({path: back[path]}, {path: wanted[path]})
 
 
 def test_command(src, tmp_path, capsys):
