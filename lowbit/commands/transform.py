@@ -16,7 +16,8 @@ class Transform:
     """Change a model into one that computes the same and is easier to quantize: rotations and smoothing.
 
     What folds into the weights leaves as a plain Hugging Face folder, which every runtime reads; a model that keeps
-    transforms in its forward pass leaves as a packed folder, which lowbit reads.
+    transforms in its forward pass leaves as a packed folder, which lowbit reads. After an interruption the same command
+    goes on with what was learned.
     """
 
     model: Model
@@ -44,6 +45,7 @@ class Transform:
     def main(self) -> Result:
         from lowbit.commands.evaluate import read_text
         from lowbit.commands.inspect import make_plan
+        from lowbit.experiment.progress import Progress
         from lowbit.models.cache import CacheSite
         from lowbit.models.hf import save_hf
         from lowbit.rotations import base, state_file
@@ -66,7 +68,22 @@ class Transform:
         model = load(self.model)
         assignment = None if plan is None else plan.resolve(model.config.shapes())
         start = time.monotonic()
-        state = found.fit(model, documents, assignment)
+        partial = self.out.with_name(f".{self.out.name}.partial.safetensors")
+        if found.learns:
+            bars: list[Progress] = []
+
+            def on_step(step: int, steps: int, loss: float) -> None:
+                if not bars:
+                    bars.append(Progress(self.name, steps, pause=2.0))
+                bars[0].update(step, loss=loss)
+
+            try:
+                state = found.fit(model, documents, assignment, on_step=on_step, progress=partial)
+            finally:
+                for bar in bars:
+                    bar.close()
+        else:
+            state = found.fit(model, documents, assignment)
         done = apply(model, state)
         online = sum(getattr(leaf, "op", None) is not None for _, leaf in items(done.params))
         caches = sum(isinstance(leaf, CacheSite) for _, leaf in items(done.params))
@@ -74,6 +91,7 @@ class Transform:
         save_hf(done, self.out, dtype=None, packed=packed)
         if self.save is not None:
             state_file.save(state, self.save)
+        partial.unlink(missing_ok=True)
         data: dict[str, Any] = {
             "model": self.model,
             "out": str(self.out),

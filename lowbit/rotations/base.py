@@ -26,7 +26,8 @@ class Fit(Protocol):
 
 
 class Transform(NamedTuple):
-    """A transform with its options set. `learns` says that `fit` trains, for the quantization that follows."""
+    """A transform with its options set. `learns` says that `fit` trains, for the quantization that follows; it then
+    takes `on_step` and `progress` too (see `spinquant.fit`)."""
 
     name: str
     fit: Fit

@@ -77,7 +77,11 @@ def test_learned_rotations_stay_orthogonal_and_lower_the_loss():
     losses = []
     options = spinquant.Options(steps=100, batch=4, length=32, weights=True)
     state = spinquant.fit(
-        model, TEXT, PLAN.resolve(model.config.shapes()), options=options, on_step=lambda i, loss: losses.append(loss)
+        model,
+        TEXT,
+        PLAN.resolve(model.config.shapes()),
+        options=options,
+        on_step=lambda i, n, loss: losses.append(loss),
     )
     assert len(losses) == 100 and np.mean(losses[-10:]) < 0.9 * np.mean(losses[:10])
     start = spinquant.initial(model.config, "", options)[1]
@@ -102,6 +106,37 @@ def test_learning_is_the_same_for_the_same_seed_and_refuses_what_cannot_be():
         base.transform(small("bit"), "smoothquant", TEXT)
 
 
+@pytest.mark.parametrize("method", [spinquant, flatquant])
+def test_an_interrupted_fit_goes_on_to_the_same_bits(method, tmp_path):
+    """Stopped behind what it keeps (ten steps; one layer), and started again: other arguments start anew."""
+    model = small("llama", 2)
+    options = method.Options(steps=14 if method is spinquant else 3, batch=2, length=16)
+    options = dataclasses.replace(options, **({} if method is spinquant else {"rows": 4}))
+    whole, seen = method.fit(model, TEXT, options=options), []
+
+    def stop(step: int, steps: int, loss: float) -> None:
+        seen.append(step)
+        if step == (12 if method is spinquant else 4):
+            raise KeyboardInterrupt
+
+    path = tmp_path / "p.safetensors"
+    with pytest.raises(KeyboardInterrupt):
+        method.fit(model, TEXT, options=options, on_step=stop, progress=path)
+    seen.clear()
+    again = method.fit(model, TEXT, options=options, on_step=lambda i, n, v: seen.append(i), progress=path)
+    assert seen == ([11, 12, 13, 14] if method is spinquant else [4, 5, 6])
+    assert jax.tree.all(jax.tree.map(lambda a, b: (np.asarray(a) == np.asarray(b)).all(), parts(whole), parts(again)))
+    seen.clear()
+    method.fit(
+        model, TEXT, options=dataclasses.replace(options, seed=1), on_step=lambda *a: seen.append(a[0]), progress=path
+    )
+    assert seen[0] == 1
+
+
+def parts(state: State) -> list:
+    return [state.residual, dict(state.heads), dict(state.smooth), dict(state.inputs)]
+
+
 def test_weights_learned_with_the_rotations_do_better_than_rotations_alone():
     model = with_outliers(small())
     assignment = PLAN.resolve(model.config.shapes())
@@ -123,7 +158,7 @@ def test_flatquant_makes_invertible_products_for_each_group():
     losses: list[float] = []
     options = flatquant.Options(steps=20, batch=4, rows=8, length=32)
     assignment = PLAN.resolve(model.config.shapes())
-    state = flatquant.fit(model, TEXT, assignment, options=options, on_step=lambda i, v: losses.append(v))
+    state = flatquant.fit(model, TEXT, assignment, options=options, on_step=lambda i, n, v: losses.append(v))
     assert len(losses) == 40 and losses[19] < losses[0] and losses[39] < losses[20]
     ops = {p: op for p, op in state.inputs.items() if ".1." in p}
     assert len(ops) == 7 and all(isinstance(op, Kronecker) for op in ops.values())
