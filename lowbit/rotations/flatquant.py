@@ -76,8 +76,8 @@ def fit(
 
     `on_step(step, steps, loss)` counts steps over all layers; the loss is the squared error over that of a layer that
     does nothing. With a path `progress`, the same call goes on behind the last whole layer after an interruption.
-    Raises `InputError` for models without norms before their linears, for a text with too few rows, and when the loss is
-    no longer finite.
+    Raises `InputError` for models without norms before their linears, for a text with too few rows, and when the loss
+    is no longer finite.
     """
     c, o = model.config, options
     if not c.input_norm:
