@@ -12,6 +12,7 @@ import tyro
 from lowbit.commands.common import Flag, Model, Result, Word, WordPath, check_output, folder_of, lines, load, result
 from lowbit.commands.inspect import make_plan
 from lowbit.errors import InputError, unknown
+from lowbit.ptq.options import GptqOptions
 
 TRANSFORMS = ("none",)
 
@@ -29,11 +30,12 @@ class Quantize:
     rules: WordPath = None
     """TOML file of [[rule]] match, format; the first match wins."""
     solver: str = "rtn"
-    """rtn: round to nearest."""
+    """rtn: round to nearest; gptq: with error feedback, calibrated on --calib."""
     transform: str = "none"
     """none: the network as it is."""
     calib: WordPath = None
-    """Calibration text, for solvers that use data (rtn does not)."""
+    """Calibration text: UTF-8, .jsonl, or a folder of them, for solvers that use data (rtn does not)."""
+    gptq: GptqOptions = GptqOptions()
     force: Flag = False
     """Replace what is in --out."""
     json: Flag = False
@@ -55,32 +57,37 @@ class Quantize:
         documents = [text] if isinstance(text, str) else text
         if solver.calibrates and documents is None:
             raise InputError(f"solver {self.solver} without --calib (allowed: a calibration text)")
+        if self.solver != "gptq" and self.gptq != GptqOptions():
+            raise InputError(f"--gptq options with solver {self.solver} (allowed: with --solver gptq)")
+        options = dataclasses.asdict(self.gptq) if self.solver == "gptq" else {}
         if documents is not None and not solver.calibrates:
             print(f"lowbit: note: solver {self.solver} uses no data; --calib {self.calib} is not used", file=sys.stderr)
         start = time.monotonic()
         folder = folder_of(self.model)
-        if folder is not None and solver.quantize_dir is not None:
-            partial = self.out.with_name(f".{self.out.name}.partial")
-            bars: list[Progress] = []
+        bars: list[Progress] = []
 
-            def on_block(done: int, total: int) -> None:
-                if not bars:
-                    bars.append(Progress("quantize", total, pause=2.0))
-                bars[0].update(done)
+        def on_block(done: int, total: int) -> None:
+            if not bars:
+                bars.append(Progress("quantize", total, pause=2.0))
+            bars[0].update(done)
 
-            try:
-                solver.quantize_dir(folder, plan, self.out, on_block)
-            except InputError as e:
-                if not isinstance(e.__cause__, OSError):  # a full disk can be resumed, bad input cannot
-                    shutil.rmtree(partial, ignore_errors=True)
-                raise
-            finally:
-                for bar in bars:
-                    bar.close()
-        else:
-            model = load(self.model)
-            params = solver.quantize(model, plan.resolve(model.config.shapes()), documents)
-            save_hf(model.replace(params=params), self.out, dtype=None, packed=True)
+        try:
+            if folder is not None and solver.quantize_dir is not None:
+                partial = self.out.with_name(f".{self.out.name}.partial")
+                try:
+                    solver.quantize_dir(folder, plan, self.out, on_block, documents, **options)
+                except InputError as e:
+                    if not isinstance(e.__cause__, OSError):  # a full disk can be resumed, bad input cannot
+                        shutil.rmtree(partial, ignore_errors=True)
+                    raise
+            else:
+                model = load(self.model)
+                assignment = plan.resolve(model.config.shapes())
+                params = solver.quantize(model, assignment, documents, progress=on_block, **options)
+                save_hf(model.replace(params=params), self.out, dtype=None, packed=True)
+        finally:
+            for bar in bars:
+                bar.close()
         data = {
             "model": self.model,
             "out": str(self.out),

@@ -11,15 +11,28 @@ from lowbit.tree import Tree
 
 
 class Solve(Protocol):
-    def __call__(self, model: Model, assignment: Mapping[str, Any], documents: list[str] | None = None) -> Tree:
+    def __call__(
+        self,
+        model: Model,
+        assignment: Mapping[str, Any],
+        documents: list[str] | None = None,
+        progress: Callable[[int, int], None] | None = None,
+        **options: Any,
+    ) -> Tree:
         """The model's parameters with the sites of `assignment` (see `Plan.resolve`) packed; `documents` are the
-        calibration text. Raises `InputError`."""
+        calibration text, `options` the solver's own (see `lowbit.ptq.options`). Raises `InputError`."""
         ...
 
 
 class SolveFolder(Protocol):
     def __call__(
-        self, src: str | Path, plan: Plan, out: str | Path, progress: Callable[[int, int], None] | None = None
+        self,
+        src: str | Path,
+        plan: Plan,
+        out: str | Path,
+        progress: Callable[[int, int], None] | None = None,
+        documents: list[str] | None = None,
+        **options: Any,
     ) -> None:
         """The same from a Hugging Face folder into a packed folder, with less than the model in memory."""
         ...
@@ -58,4 +71,4 @@ def names() -> list[str]:
 
 
 def _load_all() -> None:
-    from lowbit.ptq import rtn  # noqa: F401  (each module registers its solvers)
+    from lowbit.ptq import gptq, rtn  # noqa: F401  (each module registers its solvers)

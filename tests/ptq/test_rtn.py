@@ -107,7 +107,7 @@ def test_resumes_behind_the_last_whole_shard(src, tmp_path, monkeypatch):
     with pytest.raises(Interrupted):
         rtn.quantize_dir(src, PLAN, tmp_path / "out", interrupt_at(2))
     assert not (tmp_path / "out").exists()
-    done = sorted(tmp_path.glob(".out.partial/*/*.safetensors"))
+    done = sorted(tmp_path.glob(".out.partial/*/*/*.safetensors"))
     times = [p.stat().st_mtime_ns for p in done]
     assert len(done) == 2
     quantized = []
