@@ -38,12 +38,14 @@ from lowbit.rotations.fold import State, apply
 
 ROWS = (
     "none rtn",
+    "none gptq",
     "smoothquant:all:n32 rtn",
     "quarot rtn",
     "quarot gptq",
-    "spinquant rtn",
-    "spinquant gptq",
-    "flatquant rtn",
+    "spinquant:r1+r2:w:b4:len256 rtn",
+    "spinquant:w:b4:len256 rtn",
+    "spinquant:b4:len256 gptq",
+    "flatquant:len256 rtn",
 )
 
 
@@ -56,7 +58,7 @@ class Config:
     weights: str = "int4:mse"
     inputs: str = "int4:token:r0.9"
     """Activation format of every linear inside blocks; none: unquantized."""
-    kv: str = "int4:token:asym:r0.95"
+    kv: str = "int4:token:asym"
     """Cache format of keys and values; none: unquantized."""
     planted: bool = False
     """Measure a model with the same function that has outlier channels."""
@@ -123,13 +125,8 @@ def make_plan(config: Config) -> Plan:
 
 def solve(model: Model, plan: Plan, solver: str, documents: list[str], config: Config) -> Model:
     """The model with the plan's formats; GPTQ takes its Hessians on unquantized activations."""
-    assignment = plan.resolve(model.config.shapes())
-    options = {}
-    if solver == "gptq":
-        from lowbit.ptq.options import GptqOptions
-
-        options["options"] = GptqOptions(rows=config.calibration_rows, length=config.length)
-    params = solvers.get(solver).quantize(model, assignment, documents, **options)
+    options = {"rows": config.calibration_rows, "length": config.length} if solver == "gptq" else {}
+    params = solvers.get(solver).quantize(model, plan.resolve(model.config.shapes()), documents, **options)
     return model.replace(params=params)
 
 

@@ -45,7 +45,6 @@ class Transform:
     def main(self) -> Result:
         from lowbit.commands.evaluate import read_text
         from lowbit.commands.inspect import make_plan
-        from lowbit.experiment.progress import Progress
         from lowbit.models.cache import CacheSite
         from lowbit.models.hf import save_hf
         from lowbit.rotations import base, state_file
@@ -69,21 +68,7 @@ class Transform:
         assignment = None if plan is None else plan.resolve(model.config.shapes())
         start = time.monotonic()
         partial = self.out.with_name(f".{self.out.name}.partial.safetensors")
-        if found.learns:
-            bars: list[Progress] = []
-
-            def on_step(step: int, steps: int, loss: float) -> None:
-                if not bars:
-                    bars.append(Progress(self.name, steps, pause=2.0))
-                bars[0].update(step, loss=loss)
-
-            try:
-                state = found.fit(model, documents, assignment, on_step=on_step, progress=partial)
-            finally:
-                for bar in bars:
-                    bar.close()
-        else:
-            state = found.fit(model, documents, assignment)
+        state = fitted(self.name, model, documents, assignment, partial)
         done = apply(model, state)
         online = sum(getattr(leaf, "op", None) is not None for _, leaf in items(done.params))
         caches = sum(isinstance(leaf, CacheSite) for _, leaf in items(done.params))
@@ -103,3 +88,30 @@ class Transform:
             "seconds": round(time.monotonic() - start, 3),
         }
         return result(data, lines(data))
+
+
+def fitted(name: str, model: Any, documents: list[str] | None, assignment: Any, partial: Path) -> Any:
+    """The transform's state for a model, with progress on stderr; a learned one is kept in `partial` as it goes.
+
+    Raises `InputError` for a transform that needs calibration text where there is none.
+    """
+    from lowbit.experiment.progress import Progress
+    from lowbit.rotations import base
+
+    found = base.get(name)
+    if found.calibrates and documents is None:
+        raise InputError(f"transform {name} without --calib (allowed: with a calibration text)")
+    if not found.learns:
+        return found.fit(model, documents, assignment)
+    bars: list[Progress] = []
+
+    def on_step(step: int, steps: int, loss: float) -> None:
+        if not bars:
+            bars.append(Progress(name, steps, pause=2.0))
+        bars[0].update(step, loss=loss)
+
+    try:
+        return found.fit(model, documents, assignment, on_step=on_step, progress=partial)
+    finally:
+        for bar in bars:
+            bar.close()

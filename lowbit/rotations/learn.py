@@ -15,8 +15,9 @@ from jaxtyping import Int
 
 from lowbit import tree as trees
 from lowbit.errors import InputError
-from lowbit.formats.base import Format, Latent
+from lowbit.formats.base import Latent
 from lowbit.formats.fake_quant import PreparedInput
+from lowbit.models.cache import attach
 from lowbit.models.config import ModelConfig
 from lowbit.models.model import Model
 from lowbit.plan import INPUT, Plan, Rule
@@ -42,9 +43,11 @@ def dress(params: Tree, assignment: Mapping[str, Any]) -> Tree:
     """`params` as the plan quantizes them, straight-through: weights as `Latent`s with scales fitted at each use,
     inputs prepared, caches quantized. Online transforms stay."""
 
+    params, assignment = attach(params, assignment)
+
     def one(path: str, leaf: Any) -> Any:
         fmt, act = assignment.get(path), assignment.get(path + INPUT)
-        if not isinstance(fmt, Format) and act is None:
+        if fmt is None and act is None:
             return leaf
         prepared = leaf if isinstance(leaf, PreparedInput) else PreparedInput(leaf)
         w = prepared.w if fmt is None else Latent(prepared.w, {}, fmt)

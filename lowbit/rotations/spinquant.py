@@ -35,7 +35,7 @@ from lowbit.models.decoder import forward
 from lowbit.models.model import Model
 from lowbit.rotations import quarot
 from lowbit.rotations.base import Transform, no_more, number_of, parts_of, register
-from lowbit.rotations.fold import State, check_residual, fold, fold_leaf
+from lowbit.rotations.fold import State, caches, check_residual, fold, fold_leaf
 from lowbit.rotations.learn import Progress, activations_only, as_jax, batches, default_assignment, dress, finite
 from lowbit.tree import Tree
 
@@ -186,7 +186,8 @@ def rotate(params: Tree, config: ModelConfig, fixed: State, rotations: Mapping[s
         return w if op is None else PreparedInput(w, op=op)
 
     with jax.default_matmul_precision("highest"):
-        return trees.map_leaves(one, params)
+        out = dict(trees.items(trees.map_leaves(one, params)))
+    return trees.build(out | caches(out, state))
 
 
 def finished(fixed: State, rotations: Mapping[str, Any], norms: bool) -> State:
@@ -214,7 +215,8 @@ def _fold_again(base: Model, state: State) -> Tree:
         op = state.inputs.get(path)
         return folded if op is None else PreparedInput(folded, op=op)
 
-    return trees.map_leaves(one, base.params)
+    out = dict(trees.items(trees.map_leaves(one, base.params)))
+    return trees.build(out | caches(out, state))
 
 
 def _parse(name: str, keys: list[str]) -> Transform:
