@@ -136,16 +136,18 @@ def working(layer: Tree, acts: bool = True) -> Tree:
     `acts` its activation formats (and cache formats) are left out; online transforms of inputs stay."""
     flat = {}
     for path, leaf in trees.items(layer):
-        if not isinstance(leaf, np.ndarray | jax.Array | QTensor | Latent | PreparedInput):
-            if acts:
-                flat[path] = leaf
-            continue
-        w = jnp.asarray(dense(leaf), jnp.float32)
         if isinstance(leaf, PreparedInput):
+            w = _float32(leaf.w)
             flat[path] = PreparedInput(w, leaf.act, leaf.op, leaf.params) if acts else PreparedInput(w, op=leaf.op)
-        else:
-            flat[path] = w
+        elif isinstance(leaf, np.ndarray | jax.Array | QTensor | Latent):
+            flat[path] = _float32(leaf)
+        elif acts:
+            flat[path] = leaf
     return trees.build(flat)
+
+
+def _float32(w: Any) -> Array:
+    return jnp.asarray(dense(w) if isinstance(w, QTensor | Latent) else w, jnp.float32)
 
 
 def linears(config: ModelConfig) -> dict[str, str]:
