@@ -1,8 +1,9 @@
 """Which site gets which format: ordered regex rules over parameter paths.
 
-A site is a two-dimensional weight, named by its path (`model.layers.0.mlp.up_proj`), or the input of one, named
-`path:in`. A rule's regex must match a whole site and the first rule that matches wins. A pattern that ends in `:in`
-addresses inputs, any other addresses weights. The format `bf16` keeps a tensor as it is, in the dtype that it came in.
+A site is a two-dimensional weight, named by its path (`model.layers.0.mlp.up_proj`); the input of one, named `path:in`;
+or what a layer keeps of past tokens, `model.layers.0.self_attn.k_cache` and `v_cache`. A rule's regex must match a
+whole site and the first rule that matches wins. A pattern that ends in `:in` addresses inputs, one with `_cache` in it
+caches, any other weights. The format `bf16` keeps a tensor as it is, in the dtype that it came in.
 
     [[rule]]
     match = 'model\\.layers\\.(0|7)\\..*'
@@ -22,14 +23,16 @@ import jax
 import jax.numpy as jnp
 
 from lowbit.errors import InputError, unknown
-from lowbit.formats import activation, base
-from lowbit.formats.activation import ActFormat
+from lowbit.formats import base
+from lowbit.formats.activation import ActFormat, get_act
 from lowbit.formats.base import Format
+from lowbit.formats.kv import KVFormat, get_kv
 
 KEEP = "bf16"
 KEPT = {"bfloat16": "bf16", "float16": "fp16", "float32": "f32"}  # how the table calls what is kept
 BLOCK_LINEARS = r"(?:.*\.)?layers\.\d+\..*"
 INPUT = ":in"
+CACHES = ("k_cache", "v_cache")
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -84,7 +87,7 @@ class Plan:
             raise InputError(f"rules file {path} has no rules (allowed: [[rule]] tables with match and format)")
         return cls(tuple(_rule(path, i, entry) for i, entry in enumerate(entries, 1)), default)
 
-    def resolve(self, shapes: Shapes) -> dict[str, Format | ActFormat]:
+    def resolve(self, shapes: Shapes) -> dict[str, Format | ActFormat | KVFormat]:
         """`{site: format}` of every quantized site of a model with these parameters; kept tensors are left out.
 
         Raises `InputError` on a bad regex, an unknown format, a rule that matches nothing (or only what earlier
@@ -93,7 +96,7 @@ class Plan:
         return {site: fmt for site, _, fmt in self._assign(shapes) if fmt is not None}
 
     def table(self, shapes: Shapes, dtypes: Mapping[str, str] | None = None) -> list[Row]:
-        """One row for every tensor and every quantized input, in model order. Nothing is computed on arrays.
+        """One row for every tensor, quantized input and cache, in model order. Nothing is computed on arrays.
 
         `dtypes` are those of the source by path (`float32`, ...), which kept tensors stay in; bfloat16 by default.
         """
@@ -108,8 +111,9 @@ class Plan:
                 name, nbytes = fmt.name, encoded_bytes(fmt, tuple(shape))
             bits = 8 * nbytes / math.prod(shape)
             rows.append(Row(path, tuple(shape), rule, name, bits, nbytes, fmt is None))
-            if path + INPUT in assigned and (act := assigned[path + INPUT])[1] is not None:
-                rows.append(Row(path + INPUT, (shape[1],), act[0], act[1].name, 0.0, 0))
+            for site, length in ((path + INPUT, shape[-1]), (_cache_of(path), shape[0])):
+                if site in assigned and assigned[site][1] is not None:
+                    rows.append(Row(str(site), (length,), assigned[site][0], assigned[site][1].name, 0.0, 0))
         return rows
 
     def _assign(self, shapes: Shapes) -> list[tuple[str, str, Any]]:
@@ -118,24 +122,25 @@ class Plan:
         default = None if self.default in (None, KEEP) else base.get(str(self.default))
         weights = [p for p, s in shapes.items() if len(s) == 2]
         sites = weights + [p + INPUT for p in weights if not p.endswith("embed_tokens")]
+        sites += [site for p in weights if (site := _cache_of(p)) is not None]
         matched, won = [0] * len(compiled), [0] * len(compiled)
         out: list[tuple[str, str, Any]] = []
         refused: dict[str, list[str]] = {}
         for site in sites:
             hit: tuple[str, Any] | None = None
             for i, (regex, fmt) in enumerate(compiled):
-                if regex.pattern.endswith(INPUT) == site.endswith(INPUT) and regex.fullmatch(site):
+                if _kind(regex.pattern) == _kind(site) and regex.fullmatch(site):
                     matched[i] += 1
                     if hit is None:
                         won[i] += 1
                         hit = (regex.pattern, fmt)
             if hit is None and self.default is not None and re.fullmatch(BLOCK_LINEARS, site):
-                if not site.endswith(INPUT):
+                if _kind(site) == "weight":
                     hit = ("(default)", default)
             if hit is None:
                 continue
             out.append((site, *hit))
-            if hit[1] is not None:
+            if hit[1] is not None and _kind(site) != "cache":  # whose heads' sizes the shapes do not tell
                 shape = tuple(shapes[site.removesuffix(INPUT)])
                 shape = shape[1:] if site.endswith(INPUT) else shape
                 try:
@@ -144,11 +149,13 @@ class Plan:
                     refused.setdefault(hit[1].name, []).append(f"{site} {list(shape)}: {e}")
         for i, rule in enumerate(self.rules):
             if not matched[i]:
-                raise InputError(f"rule {i + 1}: match {rule.match!r} matches nothing ({_nearby(weights)})")
+                raise InputError(
+                    f"rule {i + 1}: match {rule.match!r} matches nothing ({_nearby(sites, _kind(rule.match))})"
+                )
             if not won[i]:
                 raise InputError(f"rule {i + 1}: match {rule.match!r} matches only what earlier rules took")
         if self.default is not None and not any(re.fullmatch(BLOCK_LINEARS, p) for p in weights):
-            raise InputError(f"format {self.default!r} matches nothing: no linears inside blocks ({_nearby(weights)})")
+            raise InputError(f"format {self.default!r} matches nothing: no linears inside blocks ({_nearby(sites)})")
         for name, lines in refused.items():
             more = f" and {len(lines) - 3} more" if len(lines) > 3 else ""
             raise InputError(f"format {name!r} cannot hold {'; '.join(lines[:3])}{more}")
@@ -157,7 +164,7 @@ class Plan:
 
 def total(rows: Sequence[Row]) -> tuple[int, float, float]:
     """`(bytes, bits per weight of the model, bits per weight of the quantized tensors)`, the last 0 if none are."""
-    weights = [r for r in rows if not r.site.endswith(INPUT)]
+    weights = [r for r in rows if _kind(r.site) == "weight"]
     quantized = [r for r in weights if not r.kept]
     nbytes = sum(r.bytes for r in weights)
     n, nq = sum(math.prod(r.shape) for r in weights), sum(math.prod(r.shape) for r in quantized)
@@ -204,12 +211,6 @@ def _rule(path: str | Path, number: int, entry: Any) -> Rule:
 
 
 def _compile(number: int, rule: Rule) -> tuple[re.Pattern[str], Any]:
-    for site in ("k_cache", "v_cache"):
-        if site in rule.match:
-            raise InputError(
-                f"rule {number}: match {rule.match!r} addresses {site}, which no format quantizes "
-                "(allowed: weights by path, inputs by path:in)"
-            )
     try:
         regex = re.compile(rule.match)
     except re.error as e:
@@ -217,14 +218,25 @@ def _compile(number: int, rule: Rule) -> tuple[re.Pattern[str], Any]:
     if rule.format == KEEP:
         return regex, None
     try:
-        return regex, (activation.get_act if rule.match.endswith(INPUT) else base.get)(rule.format)
+        return regex, {"input": get_act, "cache": get_kv, "weight": base.get}[_kind(rule.match)](rule.format)
     except InputError as e:
         raise InputError(f"rule {number}: {e}") from e
 
 
-def _nearby(weights: Sequence[str]) -> str:
-    shown = ", ".join(weights[:2]) + (f", ... {weights[-1]}" if len(weights) > 2 else "")
-    return f"allowed: a regex that matches a whole path of {len(weights)} weights: {shown}" if weights else "no weights"
+def _kind(site: str) -> str:
+    """What a site is, or a pattern addresses."""
+    return "input" if site.endswith(INPUT) else "cache" if "_cache" in site else "weight"
+
+
+def _cache_of(path: str) -> str | None:
+    """The cache site that a projection of keys or values fills."""
+    return f"{path.removesuffix('_proj')}_cache" if path.endswith((".self_attn.k_proj", ".self_attn.v_proj")) else None
+
+
+def _nearby(sites: Sequence[str], kind: str = "weight") -> str:
+    same = [s for s in sites if _kind(s) == kind]
+    shown = ", ".join(same[:2]) + (f", ... {same[-1]}" if len(same) > 2 else "")
+    return f"allowed: a regex that matches a whole path of {len(same)} {kind}s: {shown}" if same else f"no {kind}s"
 
 
 def _spans(numbers: Sequence[int]) -> str:

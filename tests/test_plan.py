@@ -4,6 +4,7 @@ import pytest
 
 from lowbit.errors import InputError
 from lowbit.formats import base
+from lowbit.formats.kv import get_kv
 from lowbit.models.config import ModelConfig
 from lowbit.plan import Plan, Rule, encoded_bytes, render, total
 
@@ -34,8 +35,13 @@ def test_first_match_wins_and_default_takes_the_rest():
     assert "lm_head" not in sites and "model.norm" not in sites
 
 
-def test_a_weight_rule_does_not_address_inputs():
-    assert not [s for s in Plan((Rule(".*", "int8:channel"),)).resolve(SHAPES) if s.endswith(":in")]
+def test_a_weight_rule_addresses_neither_inputs_nor_caches():
+    assert not [s for s in Plan((Rule(".*", "int8:channel"),)).resolve(SHAPES) if s.endswith((":in", "_cache"))]
+
+
+def test_caches():
+    sites = Plan((Rule(r".*\.0\..*_cache", "bf16"), Rule(r".*\.(k|v)_cache", "int4:w64"))).resolve(SHAPES)
+    assert sites == {f"model.layers.{i}.self_attn.{s}_cache": get_kv("int4:w64") for i in (1, 2) for s in "kv"}
 
 
 @pytest.mark.parametrize(
@@ -48,7 +54,8 @@ def test_a_weight_rule_does_not_address_inputs():
         ((Rule("(", "int4:g16"),), None, ["rule 1", "regular expression"]),
         ((Rule(".*", "itn4"),), None, ["rule 1", "itn4", "did you mean"]),
         ((Rule(".*q_proj:in", "int4:g16"),), None, ["rule 1", "activation format", "int8:token"]),
-        ((Rule("attn.k_cache", "int8:channel"),), None, ["k_cache", "no format quantizes"]),
+        ((Rule("attn.k_cache", "int8"),), None, ["attn.k_cache", "matches nothing", "6 caches", "0.self_attn.k_cache"]),
+        ((Rule(".*_cache", "int8:tensor"),), None, ["rule 1", "unknown cache format 'int8:tensor'"]),
         ((Rule(r"model\.embed_tokens:in", "int8:token"),), None, ["matches nothing"]),
         ((Rule(r".*q_proj:in", "int4:token:g64"),), None, ["int4:token:g64", Q0 + ":in [32]", "multiples of 64"]),
         ((), "int4:g64", ["int4:g64", Q0, "[32, 32]", "and 18 more"]),

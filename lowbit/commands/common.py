@@ -78,6 +78,20 @@ def check_writable(path: Path) -> None:
         raise InputError(f"cannot write {path}: {above} {why} (allowed: a path in a writable folder)")
 
 
+def with_runtime(model: Any, options: Any) -> Any:
+    """The model with the cache and activation formats of a command's options `kv`, `k_cache`, `v_cache`, `kv_rotate`
+    and `act`. Raises `InputError`."""
+    from lowbit.models.cache import sites, with_caches
+    from lowbit.models.model import with_inputs
+
+    k, v = options.k_cache or options.kv, options.v_cache or options.kv
+    if options.kv_rotate and k is None and v is None and not any(s.format for s in sites(model.params).values()):
+        raise InputError("--kv-rotate without a cache format (allowed: with --kv, --k-cache or --v-cache)")
+    if k is not None or v is not None or options.kv_rotate:
+        model = with_caches(model, k, v, options.kv_rotate)
+    return model if options.act is None else with_inputs(model, options.act)
+
+
 def folder_of(source: str) -> Path | None:
     """The local folder of a model in Hugging Face layout: a run directory's is `model/`, a hub id's its snapshot; None
     for a file of another kind. Raises `InputError` for what is no model."""

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from lowbit.commands.common import Flag, Model, Result, Word, WordPath, lines, load, result
+from lowbit.commands.common import Flag, Model, Result, Word, WordPath, lines, load, result, with_runtime
 from lowbit.errors import InputError
 
 
@@ -28,6 +28,16 @@ class Eval:
     """Also what the reference gets against itself in bfloat16: the floor of the divergence."""
     field: str = "text"
     """Field of a .jsonl line that holds the text."""
+    kv: Word = None
+    """Format of the key-value cache (see lowbit formats); the model's own by default."""
+    k_cache: Word = None
+    """Format of the keys alone."""
+    v_cache: Word = None
+    """Format of the values alone."""
+    kv_rotate: Flag = False
+    """Hadamard transform of keys, queries and values over the head dimension before they are quantized."""
+    act: Word = None
+    """Activation format of every linear inside blocks."""
     json: Flag = False
     """Print one JSON object, and nothing else, on standard output."""
 
@@ -41,7 +51,7 @@ class Eval:
         if self.text is None:
             raise InputError("no --text (allowed: a text, or a KL base file as --against)")
         text = read_text(self.text, self.field)
-        model = load(self.model)
+        model = with_runtime(load(self.model), self)
         reference = None if self.against is None else load(self.against)
         start = time.monotonic()
         with Batches("eval") as batches:
@@ -61,7 +71,7 @@ class Eval:
                 raise InputError(
                     f"--{name} with the KL base file {self.against}, which says what is measured (allowed: without)"
                 )
-        model = load(self.model)
+        model = with_runtime(load(self.model), self)
         start = time.monotonic()
         with Batches("eval") as batches:
             out = evaluate_against_kld(model, str(self.against), on_batch=batches.update)
@@ -69,7 +79,8 @@ class Eval:
 
     def result(self, out: dict[str, Any], start: float) -> Result:
         text = None if self.text is None else str(self.text)
-        data = {"model": self.model, "text": text, "against": self.against, **out}
+        runtime = {k: v for k in ("kv", "k_cache", "v_cache", "kv_rotate", "act") if (v := getattr(self, k))}
+        data = {"model": self.model, "text": text, "against": self.against, **runtime, **out}
         data["seconds"] = round(time.monotonic() - start, 3)
         shown = {k: v for k, v in data.items() if not isinstance(v, dict)}
         return result(data, lines(shown | {f"self_noise {k}": v for k, v in data.get("self_noise", {}).items()}))

@@ -46,13 +46,16 @@ class Inspect:
         return result(data, "\n\n".join([lines(head), lines(config), tensor_table(tensors)]))
 
 
-def statistics(leaf: Any) -> dict[str, float]:
-    """Minimum, maximum, mean and standard deviation of a weight's values, in float32 or better."""
+def statistics(leaf: Any) -> dict[str, float | None]:
+    """Minimum, maximum, mean and standard deviation of a weight's values, in float32 or better; None for a cache."""
     import numpy as np
 
     from lowbit.formats.base import QTensor
     from lowbit.formats.fake_quant import PreparedInput
+    from lowbit.models.cache import CacheSite
 
+    if isinstance(leaf, CacheSite):
+        return dict.fromkeys(("min", "max", "mean", "std"))
     if isinstance(leaf, PreparedInput):
         leaf = leaf.w
     x = np.asarray(leaf.decode() if isinstance(leaf, QTensor) else leaf).astype(np.float64)
@@ -71,8 +74,8 @@ def tensor_table(rows: list[dict[str, Any]]) -> str:
 
 
 def _cell(key: str, value: Any) -> str:
-    if key == "shape":
-        return "x".join(map(str, value))
+    if key == "shape" or value is None:
+        return "x".join(map(str, value or ("-",)))
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
@@ -171,8 +174,8 @@ def kept_dtypes(params: Any) -> dict[str, str]:
 
 @dataclasses.dataclass(frozen=True)
 class Formats:
-    """List the formats: of weights, with bits per weight on a 4096 x 4096 matrix and whether they can be trained, and
-    of activations, with bits of a code."""
+    """List the formats: of weights, with bits per weight on a 4096 x 4096 matrix and whether they can be trained; of
+    activations, with bits of a code; and of the key-value cache, with bits per value for heads of 128."""
 
     json: Flag = False
     """Print one JSON object, and nothing else, on standard output."""
@@ -180,6 +183,7 @@ class Formats:
     def main(self) -> Result:
         from lowbit.formats import base
         from lowbit.formats.activation import ACTS, get_act
+        from lowbit.formats.kv import KV_FORMATS, get_kv
         from lowbit.plan import encoded_bytes
 
         rows = []
@@ -188,11 +192,14 @@ class Formats:
             bits = 8 * encoded_bytes(fmt, (4096, 4096)) / 4096**2
             rows.append({"name": name, "bits_per_weight": bits, "trainable": fmt.trainable, "tile": fmt.tile})
         acts = [{"name": name, "bits": get_act(name).bits} for name in ACTS]
-        width = max(len(r["name"]) for r in rows + acts)
+        caches = [{"name": name, "bits": get_kv(name).bits(128)} for name in KV_FORMATS]
+        width = max(len(r["name"]) for r in rows + acts + caches)
         text = "\n".join(
             [f"{'name'.ljust(width)}  bits/weight  trained"]
             + [f"{r['name'].ljust(width)}  {r['bits_per_weight']:11.4f}  {_yes(r['trainable'])}" for r in rows]
             + ["", f"{'activations (path:in)'.ljust(width)}  bits"]
             + [f"{r['name'].ljust(width)}  {r['bits']}" for r in acts]
+            + ["", f"{'caches (k_cache, v_cache)'.ljust(width)}  bits/value"]
+            + [f"{r['name'].ljust(width)}  {r['bits']:.4g}" for r in caches]
         )
-        return result({"formats": rows, "activations": acts}, text)
+        return result({"formats": rows, "activations": acts, "caches": caches}, text)

@@ -13,7 +13,9 @@ from lowbit.errors import InputError
 from lowbit.formats.base import Format, Latent, QTensor, stored_bytes
 from lowbit.formats.fake_quant import PreparedInput
 from lowbit.linalg.online import describe
+from lowbit.models import cache as caches
 from lowbit.models import hf
+from lowbit.models.cache import CacheSite
 from lowbit.models.config import ModelConfig
 
 
@@ -33,7 +35,9 @@ class _Stored:
 
 
 def _stored(leaf: Any) -> _Stored:
-    """A latent weight counts as the codes that it stands for."""
+    """A latent weight counts as the codes that it stands for; a cache site as the arrays of its transform, if any."""
+    if isinstance(leaf, CacheSite):
+        return _Stored(leaf.name, False, 0, (), tuple(caches.describe(leaf)[1].values()))
     if isinstance(leaf, PreparedInput):
         inner = _stored(leaf.w)
         return dataclasses.replace(inner, arrays=(*inner.arrays, *describe(leaf)[1].values()))
@@ -91,11 +95,12 @@ def folder_sizes(folder: str | Path) -> dict[str, Any]:
 
 
 def layer_table(params: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """One row per parameter: `path`, `format` (a format's name or the dtype), `shape`, `bits` per weight, `bytes`."""
+    """One row per parameter: `path`, `format` (a format's name or the dtype), `shape`, `bits` per weight, `bytes`; and
+    one per cache site, which has no shape."""
     rows = []
     for path, leaf in trees.items(params):
         s = _stored(leaf)
-        bits = 8 * s.nbytes / s.weights
+        bits = 8 * s.nbytes / s.weights if s.weights else 0.0
         rows.append({"path": path, "format": s.format, "shape": s.shape, "bits": bits, "bytes": s.nbytes})
     return rows
 

@@ -20,6 +20,7 @@ from lowbit.export.gguf_types import TYPES, get
 from lowbit.export.hf import export_hf
 from lowbit.export.sources import Sources, leaves, open_sources, unwrap
 from lowbit.formats.base import Format, QTensor
+from lowbit.models.cache import CacheSite, without
 from lowbit.models.hf import FLOATS, load_hf, readers, stored_kinds
 from lowbit.models.model import Model
 from lowbit.tree import map_leaves
@@ -135,6 +136,8 @@ def _compare_hf(source: Model | str | Path, dtype: str | None, out: str | Path) 
     """Every weight of the folder against its source, one tensor at a time; `dtype` is what floats were cast to."""
     total, rounded, found = 0, {}, readers(out)
     for path, leaf in leaves(source):
+        if isinstance(leaf, CacheSite):
+            continue
         a = _float32(path, leaf)
         del leaf
         if dtype is not None:
@@ -181,7 +184,9 @@ def _divergence(model: Model, again: Model, drop_activations: bool) -> tuple[flo
         leaf = unwrap(path, leaf, True) if drop_activations else leaf
         return dataclasses.replace(leaf, dtype="float32") if isinstance(leaf, QTensor) else leaf
 
-    p, q = (jax.nn.log_softmax(m.replace(params=map_leaves(plain, m.params)).logits(tokens)) for m in (model, again))
+    trees = (without(m.params) if drop_activations else m.params for m in (model, again))
+    both = (m.replace(params=map_leaves(plain, tree)) for m, tree in zip((model, again), trees))
+    p, q = (jax.nn.log_softmax(m.logits(tokens)) for m in both)
     kl = jnp.sum(jnp.exp(p) * (p - q), axis=-1)
     return max(float(kl.mean()), 0.0), max(float(kl.max()), 0.0)
 

@@ -11,6 +11,7 @@ from lowbit.formats.base import Format, Latent, QTensor
 from lowbit.formats.fake_quant import PreparedInput
 from lowbit.formats.floats import FloatFormat
 from lowbit.models import hf
+from lowbit.models.cache import CacheSite
 from lowbit.models.config import ModelConfig
 from lowbit.models.model import Model
 from lowbit.tree import items
@@ -46,10 +47,16 @@ def open_sources(source: Model | str | Path, drop_activations: bool = False) -> 
     """The sources of a model or of a folder (plain or packed), of which only headers are read here.
 
     `drop_activations` gives the weights of layers that also quantize their input; without it these raise `InputError`,
-    from a folder when they are loaded. Raises `InputError` like `load_hf`, but for values.
+    from a folder when they are loaded, and so do cache formats, at once. Raises `InputError` like `load_hf`, but for
+    values.
     """
     if isinstance(source, Model):
-        tensors = {p: _of_leaf(unwrap(p, leaf, drop_activations)) for p, leaf in items(source.params)}
+        tensors = {}
+        for p, leaf in items(source.params):
+            if isinstance(leaf, CacheSite):
+                _check_cache(p, leaf, drop_activations)
+            else:
+                tensors[p] = _of_leaf(unwrap(p, leaf, drop_activations))
         return Sources(source.config, source.tokenizer, source.source, tensors)
     folder = Path(source)
     config, kinds, tensors = hf.load_config(folder), hf.stored_kinds(folder), {}
@@ -59,6 +66,9 @@ def open_sources(source: Model | str | Path, drop_activations: bool = False) -> 
         return unwrap(path, read(), drop_activations)
 
     for path, read in hf.readers(folder).items():
+        if path not in kinds:
+            _check_cache(path, read(), drop_activations)
+            continue
         kind = kinds[path]
         fmt = kind if isinstance(kind, Format) and not isinstance(kind, FloatFormat) else None
         dtype = _DTYPES[kind.name] if isinstance(kind, FloatFormat) else str(kind)
@@ -88,6 +98,15 @@ def unwrap(path: str, leaf: Any, drop_activations: bool = False) -> Any:
     if isinstance(leaf, Latent):
         leaf = leaf.encode()
     return leaf.arrays["w"] if isinstance(leaf, QTensor) and isinstance(leaf.format, FloatFormat) else leaf
+
+
+def _check_cache(path: str, site: CacheSite, drop_activations: bool) -> None:
+    """A cache's transform alone may go: it cancels."""
+    if site.format is not None and not drop_activations:
+        raise InputError(
+            f"{path} has the cache format {site.format.name}, which the file cannot hold: how the cache is kept is the "
+            "other runtime's choice (allowed: none, or drop_activations)"
+        )
 
 
 def _of_leaf(leaf: Any) -> Source:

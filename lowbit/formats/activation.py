@@ -106,8 +106,8 @@ class ActFormat:
     def name(self) -> str:
         keys = ["fp8" if self.grid.fp8 else f"int{self.grid.width}", "tensor" if self.static else "token"]
         keys += [f"g{self.group}"] * (self.group is not None) + ["asym"] * self.grid.asym
-        keys += [f"r{_number(self.grid.ratio)}"] * (self.grid.ratio != 1.0) + ["bitnet"] * self.bitnet
-        clip = f"fixed{_number(self.clip)}" if isinstance(self.clip, float) else self.clip
+        keys += [f"r{shown(self.grid.ratio)}"] * (self.grid.ratio != 1.0) + ["bitnet"] * self.bitnet
+        clip = f"fixed{shown(self.clip)}" if isinstance(self.clip, float) else self.clip
         return ":".join([*keys, *{"none": [], "inclusive": ["clip"]}.get(clip, [clip])])
 
     @property
@@ -300,5 +300,6 @@ def get_act(name: str) -> ActFormat:
     return ActFormat(grid, static, int(keys["group"][1:]) if "group" in keys else None, "bitnet" in keys, clip)
 
 
-def _number(x: float) -> str:
+def shown(x: float) -> str:
+    """A number in a format name."""
     return np.format_float_positional(x, trim="-")

@@ -6,7 +6,6 @@ rest are unrolled, so a mixed-precision plan costs compile time only where it ch
 layers but not in structure (sliding or full attention) is data of the scan.
 """
 
-import dataclasses
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -21,6 +20,8 @@ from lowbit import tree as trees
 from lowbit.errors import InputError, unknown
 from lowbit.kernels.qdot import qdot
 from lowbit.kernels.qdot.api import dense, prepared
+from lowbit.models import cache as caches
+from lowbit.models.cache import Cache, Seen
 from lowbit.models.config import ModelConfig, RopeScaling
 from lowbit.tree import Tree
 
@@ -30,25 +31,6 @@ from lowbit.tree import Tree
 SCAN_FROM = 6
 RematPolicy = str
 REMAT = ("none", "full", "dots")  # keep everything; recompute whole blocks; keep the results of matrix products
-
-
-@partial(jax.tree_util.register_dataclass, data_fields=["k", "v", "length"], meta_fields=[])
-@dataclasses.dataclass(frozen=True)
-class Cache:
-    """Keys (after RoPE) and values of every layer: `[L, B, S, KV, Dh]`, filled up to `length`.
-
-    The caller sees to it that `length` plus the new tokens stays within `S`: beyond it, writes land on the last slots.
-    """
-
-    k: Float[Array, "L B S KV Dh"]
-    v: Float[Array, "L B S KV Dh"]
-    length: Int[Array, ""]
-
-
-def init_cache(config: ModelConfig, batch: int, size: int, dtype: Any = jnp.float32) -> Cache:
-    """An empty cache for `size` positions."""
-    shape = (config.num_layers, batch, size, config.num_kv_heads, config.head_dim)
-    return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros((), jnp.int32))
 
 
 def init_params(config: ModelConfig, key: Array, dtype: Any = jnp.float32) -> Tree:
@@ -112,23 +94,22 @@ def rope(
 
 def attend(
     q_BTHD: Float[Array, "B T H D"],
-    k_BSKD: Float[Array, "B S K D"],
-    v_BSKD: Float[Array, "B S K D"],
+    k: Seen,
+    v: Seen,
     mask_BTS: Bool[Array, "#B T S"],
     scale: float,
     softcap: float | None = None,
 ) -> Float[Array, "B T H D"]:
     """Grouped-query attention with a float32 softmax; `softcap` bounds the logits by `c * tanh(x / c)` (Gemma 2)."""
-    K = k_BSKD.shape[2]
-    q = rearrange(q_BTHD, "B T (K G) D -> B T K G D", K=K)
+    heads = (k.exact if k.quantized is None else k.quantized).shape[2]
+    q = rearrange(q_BTHD, "B T (K G) D -> B T K G D", K=heads)
     acc = jnp.promote_types(q.dtype, jnp.float32)
-    logits = jnp.einsum("BTKGD,BSKD->BKGTS", q, k_BSKD, preferred_element_type=acc) * scale
+    logits = caches.scores(q, k, acc) * scale
     if softcap is not None:
         logits = softcap * jnp.tanh(logits / softcap)
     logits = jnp.where(mask_BTS[:, None, None], logits, jnp.finfo(acc).min)
-    p = jax.nn.softmax(logits, axis=-1).astype(v_BSKD.dtype)
-    out = jnp.einsum("BKGTS,BSKD->BTKGD", p, v_BSKD)
-    return rearrange(out, "B T K G D -> B T (K G) D")
+    p = jax.nn.softmax(logits, axis=-1).astype(q.dtype)
+    return rearrange(caches.mixed(p, v), "B T K G D -> B T (K G) D")
 
 
 def _activation(config: ModelConfig, x: Array) -> Array:
@@ -161,12 +142,13 @@ def _layer(
     mask: Array,
     cos: Array,
     sin: Array,
-    kv: Any,
-    slot: Any,
+    past: caches.LayerCache | None,
+    position_BT: Array,
+    count_B: Array | None,
     inputs: dict[str, Array] | None = None,
-) -> tuple[Array, Any]:
-    """One block. `kv` is the whole cache's `(k, v)` or None, `slot` the layer and position that it is written at;
-    `inputs`, if given, is filled with what each linear multiplies (`{"q_proj": [B, T, D], ...}`)."""
+) -> tuple[Array, caches.LayerCache | None]:
+    """One block. `past` is its cache, which gets the first `count_B` tokens of each row; `inputs`, if given, is filled
+    with what each linear multiplies (`{"q_proj": [B, T, D], ...}`)."""
     norm = partial(rms_norm, eps=config.norm_eps, plus_one=config.norm_plus_one)
     linear = partial(_linear, config, inputs)
     attn, mlp = layer["self_attn"], layer["mlp"]
@@ -178,13 +160,16 @@ def _layer(
     if config.qk_norm:
         q, k = norm(q, attn["q_norm"]), norm(k, attn["k_norm"])
     q, k = rope(q, cos, sin), rope(k, cos, sin)
-    if kv is not None:
-        index, start = slot
-        at = (index, 0, start, 0, 0)
-        kv = tuple(jax.lax.dynamic_update_slice(old, new.astype(old.dtype)[None], at) for old, new in zip(kv, (k, v)))
-        k, v = (jax.lax.dynamic_index_in_dim(t, index, keepdims=False).astype(q.dtype) for t in kv)
+    k_site, v_site = attn.get("k_cache"), attn.get("v_cache")
+    q, k, v = caches.rotated(k_site, q), caches.rotated(k_site, k), caches.rotated(v_site, v)
+    if past is None:
+        seen = caches.fresh(k_site, k, position_BT), caches.fresh(v_site, v, position_BT)
+    else:
+        sides = [caches.append(side, new, position_BT[:, 0], count_B) for side, new in zip(past, (k, v))]
+        past, seen = caches.LayerCache(*(side for side, _ in sides)), tuple(s for _, s in sides)
     scale = config.query_scale if config.query_scale is not None else config.head_dim**-0.5
-    out = rearrange(attend(q, k, v, mask, scale, config.attn_softcap), "B T H D -> B T (H D)")
+    out = caches.rotated_back(v_site, attend(q, *seen, mask, scale, config.attn_softcap))
+    out = rearrange(out, "B T H D -> B T (H D)")
     h = linear(attn, "o_proj", out)
     if config.sandwich_norm:
         h = norm(h, layer["post_attention_layernorm"])
@@ -196,7 +181,7 @@ def _layer(
     h = linear(mlp, "down_proj", h)
     if config.sandwich_norm:
         h = norm(h, layer["post_feedforward_layernorm"])
-    return x_BTD + h, kv
+    return x_BTD + h, past
 
 
 def _runs(layers: Sequence[Tree], least: int) -> list[tuple[int, int]]:
@@ -225,26 +210,22 @@ def _remat(policy: RematPolicy, f: Any, scanned: bool) -> Any:
 
 
 def _attention_inputs(
-    config: ModelConfig, T: int, S: int, start: Array, segments_BT: Array | None, pads_B: Array | None, dtype: Any
+    config: ModelConfig, position_BT: Array, S: int, segments_BT: Array | None, dtype: Any
 ) -> tuple[Array, Array, Array, Array]:
     """`(kinds [L], masks [N, #B, T, S], cos, sin [N, #B, T, Dh / 2])`; layer `l` uses version `kinds[l]` of each."""
     versions = sorted(set(config.sliding))
-    slots_T, slots_S = start + jnp.arange(T), jnp.arange(S)
-    causal = slots_S[None, :] <= slots_T[:, None]
+    slots_S = jnp.arange(S)
+    causal = slots_S <= position_BT[:, :, None]
     masks, freqs = [], []
     for sliding in versions:
-        near = slots_S[None, :] > slots_T[:, None] - (config.sliding_window or 0)
+        near = slots_S > position_BT[:, :, None] - (config.sliding_window or 0)
         masks.append(causal & near if sliding else causal)
         local = sliding and config.rope_local_theta is not None
         theta, scaling = (config.rope_local_theta, None) if local else (config.rope_theta, config.rope_scaling)
         freqs.append(rope_frequencies(config.head_dim, theta, scaling))
-    mask_NBTS = jnp.stack(masks)[:, None]
-    position_BT = slots_T[None]
+    mask_NBTS = jnp.stack(masks)
     if segments_BT is not None:
         mask_NBTS = mask_NBTS & (segments_BT[:, :, None] == segments_BT[:, None, :])
-    if pads_B is not None:
-        mask_NBTS = mask_NBTS & (slots_S >= pads_B[:, None])[:, None]
-        position_BT = jnp.maximum(position_BT - pads_B[:, None], 0)
     wide = jnp.promote_types(dtype, jnp.float32)
     freq_Nd = jnp.asarray(np.stack(freqs), wide)
     angle_NBTd = position_BT.astype(wide)[None, :, :, None] * freq_Nd[:, None, None]
@@ -258,45 +239,64 @@ def hidden_states(
     config: ModelConfig,
     *,
     cache: Cache | None = None,
+    count_B: Int[Array, " B"] | None = None,
     segments_BT: Int[Array, "B T"] | None = None,
-    pads_B: Int[Array, " B"] | None = None,
     remat: RematPolicy = "none",
     scan: bool | None = None,
     dtype: Any = jnp.float32,
 ) -> tuple[Float[Array, "B T D"], Cache | None]:
     """Final hidden states (after the last norm) and the updated cache.
 
-    `segments_BT` gives each token its document: attention does not cross documents (positions keep counting, which
-    RoPE does not see inside a document). `pads_B` counts padding at the left of each row: those slots are seen by no
-    other, and positions start after them. Equal layers are scanned from `SCAN_FROM` on; `scan=True` scans two already,
-    `False` none: a scan stacks the weights first, a copy that a one-token step would pay for each time. Raises
-    `InputError` for a sequence beyond `max_position` and for segments together with a cache.
+    With a cache, rows go on at their own lengths, and `count_B` of each row's tokens are real (None: all): padding is
+    at the right, where nothing that is real sees it. `segments_BT` gives each token its document: attention does not
+    cross documents (positions keep counting, which RoPE does not see inside a document). Equal layers are scanned
+    from `SCAN_FROM` on; `scan=True` scans two already, `False` none: a scan stacks the weights first, a copy that a
+    one-token step would pay for each time. Raises `InputError` for a sequence beyond `max_position` or beyond the
+    cache, and for segments together with a cache or with cache formats that give scales to blocks of tokens.
     """
     B, T = tokens_BT.shape
-    start = jnp.zeros((), jnp.int32) if cache is None else cache.length
-    S = T if cache is None else cache.k.shape[2]
+    layers = [params["model"]["layers"][str(i)] for i in range(config.num_layers)]
+    S = T if cache is None else caches.slots(cache)
     if cache is None and T > config.max_position:
         raise InputError(f"sequence of {T} tokens (the model's max_position_embeddings is {config.max_position})")
-    if cache is not None and segments_BT is not None:
-        raise InputError("segments together with a cache (allowed: one of the two)")
-    kinds, masks, cos, sin = _attention_inputs(config, T, S, start, segments_BT, pads_B, dtype)
-    layers = [params["model"]["layers"][str(i)] for i in range(config.num_layers)]
+    if T > S:
+        raise InputError(f"{T} tokens for a cache of {S} positions (allowed: at most as many)")
+    if segments_BT is not None:
+        _check_segments(layers, cache)
+    position_BT = jnp.arange(T)[None] if cache is None else cache.length[:, None] + jnp.arange(T)
+    if cache is not None and count_B is None:
+        count_B = jnp.full(B, T, jnp.int32)
+    kinds, masks, cos, sin = _attention_inputs(config, position_BT, S, segments_BT, dtype)
+    pasts = [None] * len(layers) if cache is None else list(cache.layers)
 
-    def step(carry: Any, xs: Any) -> tuple[Any, None]:
-        (x, kv), (layer, kind, index) = carry, xs
-        return _layer(config, layer, x, masks[kind], cos[kind], sin[kind], kv, (index, start)), None
+    def step(x: Any, xs: Any) -> tuple[Any, Any]:
+        layer, kind, past = xs
+        return _layer(config, layer, x, masks[kind], cos[kind], sin[kind], past, position_BT, count_B)
 
-    carry = (embed(params, tokens_BT, config, dtype), None if cache is None else (cache.k, cache.v))
+    x = embed(params, tokens_BT, config, dtype)
     least = {None: SCAN_FROM, True: 2, False: len(layers) + 1}[scan]
     for a, b in _runs(layers, least):
         if b - a == 1:
-            carry, _ = _remat(remat, step, False)(carry, (layers[a], kinds[a], a))
+            x, pasts[a] = _remat(remat, step, False)(x, (layers[a], kinds[a], pasts[a]))
         else:
-            stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers[a:b])
-            carry, _ = jax.lax.scan(_remat(remat, step, True), carry, (stacked, kinds[a:b], jnp.arange(a, b)))
-    x, kv = carry
+            stacked, past = (jax.tree.map(lambda *leaves: jnp.stack(leaves), *t[a:b]) for t in (layers, pasts))
+            x, past = jax.lax.scan(_remat(remat, step, True), x, (stacked, kinds[a:b], past))
+            pasts[a:b] = [jax.tree.map(lambda leaf, i=i: leaf[i], past) for i in range(b - a)]
     x = rms_norm(x, params["model"]["norm"], config.norm_eps, config.norm_plus_one)
-    return x, None if kv is None else Cache(*kv, start + T)
+    return x, None if cache is None else Cache(tuple(pasts), cache.length + count_B)
+
+
+def _check_segments(layers: Sequence[Tree], cache: Cache | None) -> None:
+    if cache is not None:
+        raise InputError("segments together with a cache (allowed: one of the two)")
+    for layer in layers:
+        for name in ("k_cache", "v_cache"):
+            site = layer["self_attn"].get(name)
+            if site is not None and site.format is not None and site.format.tokens > 1:
+                raise InputError(
+                    f"segments together with cache format {site.format.name}, whose blocks of {site.format.tokens} "
+                    "tokens would cross documents (allowed: token formats, or rows of one document)"
+                )
 
 
 def block(
@@ -307,10 +307,10 @@ def block(
     What calibration runs block by block; `index` is the layer's, which decides whether its attention slides.
     """
     T, inputs = x_BTD.shape[1], {}
-    start = jnp.zeros((), jnp.int32)
-    kinds, masks, cos, sin = _attention_inputs(config, T, T, start, None, None, x_BTD.dtype)
+    position_BT = jnp.arange(T)[None]
+    kinds, masks, cos, sin = _attention_inputs(config, position_BT, T, None, x_BTD.dtype)
     kind = kinds[index]
-    y, _ = _layer(config, layer, x_BTD, masks[kind], cos[kind], sin[kind], None, None, inputs)
+    y, _ = _layer(config, layer, x_BTD, masks[kind], cos[kind], sin[kind], None, position_BT, None, inputs)
     return y, inputs
 
 

@@ -1,7 +1,7 @@
 """Decoding with a key-value cache: one compiled prefill per padded prompt length, one compiled step for every token.
 
-Prompts of different lengths share a batch by padding at the left; attention does not see the padding and positions
-start after it, so a row's result is that of the prompt alone.
+Prompts of different lengths share a batch by padding at the right, and each row goes on at its own length, so a row's
+result is that of the prompt alone.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,8 +14,9 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from lowbit.errors import InputError
+from lowbit.models.cache import Cache, init_cache
 from lowbit.models.config import ModelConfig
-from lowbit.models.decoder import Cache, head, hidden_states, init_cache
+from lowbit.models.decoder import head, hidden_states
 from lowbit.models.model import Model
 from lowbit.tree import Tree
 
@@ -80,20 +81,25 @@ def _steps(
     _check(c, prompts, max_tokens, temperature, top_k, top_p)
     if not prompts or not max_tokens:
         return
-    T = max(BUCKET, 1 << (max(map(len, prompts)) - 1).bit_length())
+    T, size = padded(prompts, max_tokens)
     tokens = np.zeros((len(prompts), T), np.int32)
     for row, prompt in zip(tokens, prompts):
-        row[T - len(prompt) :] = prompt
-    pads = jnp.asarray([T - len(p) for p in prompts], jnp.int32)
-    size = -(-(T + max_tokens) // 64) * 64
-    cache = init_cache(c, len(prompts), size, dtype)
-    logits, cache = _advance(model.params, jnp.asarray(tokens), pads, cache, c, jnp.dtype(dtype))
-    key = jax.random.key(seed)
+        row[: len(prompt)] = prompt
+    counts = jnp.asarray([len(p) for p in prompts], jnp.int32)
+    cache = init_cache(model.params, c, len(prompts), size, dtype)
+    logits, cache = _advance(model.params, jnp.asarray(tokens), counts, cache, c, jnp.dtype(dtype))
+    key, ones = jax.random.key(seed), jnp.ones(len(prompts), jnp.int32)
     for i in range(max_tokens):
         next_B = _choose(logits, jax.random.fold_in(key, i), temperature, top_p or 1.0, top_k, temperature == 0)
         yield np.asarray(next_B).tolist()
         if i + 1 < max_tokens:
-            logits, cache = _advance(model.params, next_B[:, None], pads, cache, c, jnp.dtype(dtype))
+            logits, cache = _advance(model.params, next_B[:, None], ones, cache, c, jnp.dtype(dtype))
+
+
+def padded(prompts: Sequence[Sequence[int]], max_tokens: int) -> tuple[int, int]:
+    """What `generate` allocates: the length that prompts are padded to, and the positions of the cache."""
+    T = max(BUCKET, 1 << (max(map(len, prompts)) - 1).bit_length())
+    return T, -(-(T + max_tokens) // 64) * 64
 
 
 def _check(
@@ -126,11 +132,11 @@ def _check(
 
 @partial(jax.jit, static_argnames=("config", "dtype"), donate_argnames="cache")
 def _advance(
-    params: Tree, tokens_BT: Int[Array, "B T"], pads_B: Int[Array, " B"], cache: Cache, config: ModelConfig, dtype: Any
+    params: Tree, tokens_BT: Int[Array, "B T"], count_B: Int[Array, " B"], cache: Cache, config: ModelConfig, dtype: Any
 ) -> tuple[Float[Array, "B V"], Cache]:
-    """Logits after the last of `tokens_BT`, and the cache with them in it."""
-    x, cache = hidden_states(params, tokens_BT, config, cache=cache, pads_B=pads_B, scan=False, dtype=dtype)
-    return head(params, x[:, -1], config), cache
+    """Logits after the last real token of each row, and the cache with the first `count_B` tokens in it."""
+    x, cache = hidden_states(params, tokens_BT, config, cache=cache, count_B=count_B, scan=False, dtype=dtype)
+    return head(params, x[jnp.arange(len(count_B)), count_B - 1], config), cache
 
 
 @partial(jax.jit, static_argnames=("top_k", "greedy"))

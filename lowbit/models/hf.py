@@ -6,7 +6,8 @@ format each path has,
     "quantization_config": {"quant_method": "lowbit", "version": 1, "formats": {PATH: FORMAT, ...},
                             "dtypes": {PATH: dtype of the decoded weight, ...},
                             "inputs": {PATH: activation format, ...},
-                            "online": {PATH: transform of the input, see `lowbit.linalg.online`, ...}}
+                            "online": {PATH: transform of the input, see `lowbit.linalg.online`, ...},
+                            "caches": {PATH: {"format": cache format, "online": transform of the heads}, ...}}
 
 (the arrays of an activation format or a transform are the tensors `PATH.input.NAME` and `PATH.online.NAME`), so loading
 gives the same codes and scales back bit for bit.
@@ -30,6 +31,8 @@ from lowbit.formats import base as formats
 from lowbit.formats.base import Latent, QTensor
 from lowbit.formats.fake_quant import PreparedInput
 from lowbit.linalg.online import describe, described_shapes, restore
+from lowbit.models import cache as caches
+from lowbit.models.cache import CacheSite
 from lowbit.models.config import ModelConfig, from_hf, to_hf
 from lowbit.models.model import Model
 from lowbit.models.shards import INDEX, Shards, ShardWriter, atomic_folder, read_json, require_finite, some
@@ -62,7 +65,7 @@ def load_hf(folder: str | Path) -> Model:
     folder = Path(folder)
     raw, config, quant = _read_config(folder)
     flat = {path: _to_device(read()) for path, read in _readers(folder, config, quant).items()}
-    dtypes = sorted({str(v.dtype) for v in flat.values() if not isinstance(v, QTensor | PreparedInput)})
+    dtypes = sorted({str(v.dtype) for v in flat.values() if not isinstance(v, QTensor | PreparedInput | CacheSite)})
     meta = {"format": "hf-packed" if quant else "hf", "dtype": raw.get("dtype") or raw.get("torch_dtype") or dtypes[0]}
     return Model(config, trees.build(flat), load_tokenizer(folder), str(folder), meta)
 
@@ -73,7 +76,8 @@ def load_config(folder: str | Path) -> ModelConfig:
 
 
 def iter_tensors(folder: str | Path, only: Callable[[str], bool] | None = None) -> Iterator[tuple[str, Any]]:
-    """`(path, array)` of every parameter in the model's order (embedding, layer by layer, norm, head), one in memory.
+    """`(path, array)` of every parameter in the model's order (embedding, layer by layer, norm, head), one in memory,
+    then every `CacheSite`.
 
     Arrays are numpy in their stored dtype; packed weights come as `QTensor`s. The same checks as `load_hf`. Paths that
     `only` does not take are checked but not read.
@@ -140,13 +144,21 @@ class HfWriter:
         self.formats: dict[str, str] = {}
         self.dtypes: dict[str, str] = {}
         self.names: dict[str, dict[str, str]] = {"input": {}, "online": {}}
+        self.caches: dict[str, dict[str, str]] = {}
         self.seen: dict[str, str] = {}
         to_hf(config, dtype or "float32", native=packed)  # fails before anything is written
 
     def add(self, path: str, leaf: Any) -> None:
-        """Appends one parameter: an array, `QTensor`, `Latent` or `PreparedInput`."""
-        if path in self.seen:
+        """Appends one parameter: an array, `QTensor`, `Latent` or `PreparedInput`; or a `CacheSite`, which only a
+        packed folder keeps: to any other it is the runtime's choice."""
+        if path in self.seen or path in self.caches:
             raise InputError(f"parameter {path} twice (allowed: once)")
+        if isinstance(leaf, CacheSite):
+            if self.packed:
+                self.caches[path], arrays = caches.describe(leaf)
+                for name, a in arrays.items():
+                    self.shards.add(f"{path}.{name}", np.asarray(a))
+            return
         if isinstance(leaf, PreparedInput):
             names, arrays = describe(leaf)
             if self.packed:
@@ -194,6 +206,8 @@ class HfWriter:
             }
             if self.names["online"]:
                 out["quantization_config"]["online"] = self.names["online"]
+            if self.caches:
+                out["quantization_config"]["caches"] = self.caches
         generation = {k: out[k] for k in ("bos_token_id", "eos_token_id")} | {"_from_model_config": True}
         _write_json(self.folder / "config.json", out)
         _write_json(self.folder / "generation_config.json", generation)
@@ -267,6 +281,9 @@ def _readers(folder: Path, config: ModelConfig, quant: dict[str, Any] | None) ->
     shapes = config.shapes()
     if stray := sorted(p for p in {**fmts, **names} if len(shapes.get(p, ())) != 2):
         raise InputError(f"config.json gives formats to what is no matrix of the model: {some(stray)}")
+    sites = (quant or {}).get("caches", {})
+    if stray := sorted(sites.keys() - set(caches.paths(config))):
+        raise InputError(f"config.json gives cache formats to what is no cache of the model: {some(stray)}")
 
     rename = _renamer(shards)
     where: dict[str, dict[str, str]] = {}  # path -> {array name, "" for a plain weight: tensor name}
@@ -284,19 +301,27 @@ def _readers(folder: Path, config: ModelConfig, quant: dict[str, Any] | None) ->
         own = described_shapes(kinds, shapes[path][1])
         prepared[path] = {name: f"{path}.{name}" for name in own}
         expected |= {f"{path}.{name}": (shape, None) for name, shape in own.items()}
+    for path, kinds in sites.items():
+        own = caches.described_shapes(kinds)
+        prepared[path] = {name: f"{path}.{name}" for name in own}
+        expected |= {f"{path}.{name}": (shape, None) for name, shape in own.items()}
     _check(folder, config, shards, expected)
 
     def read(path: str) -> Any:
+        own = {name: jnp.asarray(shards.read(n)) for name, n in prepared.get(path, {}).items()}
+        if path in sites:
+            site = caches.restore(sites[path], own)
+            site.check(config.head_dim)
+            return site
         shape = shapes[path]
         if path in fmts:
             arrays = {name: jnp.asarray(shards.read(n)) for name, n in where[path].items()}
             leaf: Any = QTensor(arrays, fmts[path], (shape[0], shape[1]), dtypes.get(path, "float32"))
         else:
             leaf = shards.read(where[path][""])
-        own = {name: jnp.asarray(shards.read(n)) for name, n in prepared.get(path, {}).items()}
         return restore(leaf, names.get(path, {}), own)
 
-    return {path: functools.partial(read, path) for path in shapes}
+    return {path: functools.partial(read, path) for path in (*shapes, *sites)}
 
 
 @functools.cache

@@ -9,6 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from lowbit import tree as trees
+from lowbit.errors import InputError
+from lowbit.formats.activation import ActFormat, get_act
+from lowbit.formats.fake_quant import PreparedInput
 from lowbit.models.config import ModelConfig
 from lowbit.models.decoder import forward
 from lowbit.tree import Tree
@@ -32,7 +36,8 @@ class Tokenizer(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """`params` is a `lowbit.tree` whose leaves are arrays, `QTensor`s, `Latent`s or `PreparedInput`s.
+    """`params` is a `lowbit.tree` whose leaves are arrays, `QTensor`s, `Latent`s or `PreparedInput`s, and
+    `CacheSite`s.
 
     `source` is the path or hub id it was read from; `meta` holds what a reader found beyond that (`format`, `dtype`).
     """
@@ -52,6 +57,24 @@ class Model:
     def replace(self, **changes: Any) -> "Model":
         """A copy with some fields changed."""
         return dataclasses.replace(self, **changes)
+
+
+def with_inputs(model: Model, act: str | ActFormat) -> Model:
+    """The model whose block linears all quantize their input, in a dynamic activation format. Raises `InputError` for
+    unknown and static formats, inputs without whole groups, and linears whose input is quantized already."""
+    act = get_act(act) if isinstance(act, str) else act
+    flat = dict(trees.items(model.params))
+    for i in range(model.config.num_layers):
+        for name, (_, length) in model.config.linear_shapes().items():
+            path = f"model.layers.{i}.{name}"
+            leaf = flat[path] if isinstance(flat[path], PreparedInput) else PreparedInput(flat[path])
+            if leaf.act is not None:
+                raise InputError(
+                    f"{path} quantizes its input already, to {leaf.act.name} (allowed: inputs as they are)"
+                )
+            act.check((length,))
+            flat[path] = dataclasses.replace(leaf, act=act)
+    return model.replace(params=trees.build(flat))
 
 
 @partial(jax.jit, static_argnames=("config", "dtype"))

@@ -23,10 +23,11 @@ from jaxtyping import Array, Float, Int
 from lowbit import tree as trees
 from lowbit.errors import InputError
 from lowbit.formats.base import Format, Latent, QTensor
+from lowbit.models.cache import CacheSite
 from lowbit.models.config import ModelConfig
 from lowbit.models.decoder import RematPolicy, forward
 from lowbit.models.model import Model
-from lowbit.plan import INPUT, Plan
+from lowbit.plan import Plan
 from lowbit.tree import Tree
 
 State = Any  # an nnx.State; as an annotation its own type parameter is a hint that is deprecated
@@ -34,18 +35,22 @@ INPUT_FIRST = re.compile(r"(.*\.)?kernel")  # flax keeps the kernels of its line
 
 
 class Decoder(nnx.Module):
-    """`__call__(tokens) -> logits` over `nnx.Param`s, one for each leaf of the tree (a packed weight is one `Param`).
+    """`__call__(tokens) -> logits` over `nnx.Param`s, one for each weight of the tree (a packed one is one `Param`;
+    cache sites are plain `nnx.Variable`s, which nothing trains).
 
     Works with `nnx.jit`, `nnx.grad`, `nnx.split` and `nnx.Optimizer`; `params()` gives the tree back.
     """
 
     def __init__(self, config: ModelConfig, params: Tree):
         self.config = config
-        self.flat = nnx.Dict({path: nnx.Param(leaf) for path, leaf in trees.items(params)})
+        leaves = dict(trees.items(params))
+        self.flat = nnx.Dict({p: nnx.Param(leaf) for p, leaf in leaves.items() if not isinstance(leaf, CacheSite)})
+        self.caches = nnx.Dict({p: nnx.Variable(leaf) for p, leaf in leaves.items() if isinstance(leaf, CacheSite)})
 
     def params(self) -> Tree:
         """The parameter tree, as every other part of lowbit takes it."""
-        return trees.build({path: self.flat[path].get_value() for path in self.config.shapes()})
+        flat = {path: self.flat[path].get_value() for path in self.config.shapes()}
+        return trees.build(flat | {path: site.get_value() for path, site in self.caches.items()})
 
     def __call__(
         self,
@@ -85,8 +90,8 @@ def assign(state: State, plan: Plan, input_first: str | re.Pattern[str] = INPUT_
         shape = tuple(leaf.shape)
         shapes[path] = shape[::-1] if len(shape) == 2 and re.fullmatch(input_first, path) else shape
     found = plan.resolve(shapes)
-    if inputs := [site for site in found if site.endswith(INPUT)]:
-        raise InputError(f"activation format for {inputs[0]!r} of an NNX state (allowed: weights only)")
+    if others := [site for site, fmt in found.items() if not isinstance(fmt, Format)]:
+        raise InputError(f"format {found[others[0]].name} for {others[0]!r} of an NNX state (allowed: weights only)")
     return found
 
 

@@ -6,11 +6,12 @@ from typing import Any, NamedTuple, Protocol
 from lowbit.errors import unknown
 from lowbit.formats.activation import ActFormat
 from lowbit.formats.base import Format
+from lowbit.formats.kv import KVFormat
 from lowbit.tree import Tree
 
 
 class Prepare(Protocol):
-    def __call__(self, params: Tree, assignment: Mapping[str, Format | ActFormat]) -> Tree:
+    def __call__(self, params: Tree, assignment: Mapping[str, Format | ActFormat | KVFormat]) -> Tree:
         """Parameters in training: float32 latents at the sites of `assignment` (see `Plan.resolve`)."""
         ...
 

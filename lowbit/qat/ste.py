@@ -21,17 +21,21 @@ from lowbit.errors import InputError
 from lowbit.formats.activation import ActFormat
 from lowbit.formats.base import Format, Latent, Params, QTensor
 from lowbit.formats.fake_quant import PreparedInput
+from lowbit.formats.kv import KVFormat
+from lowbit.models.cache import attach
 from lowbit.qat.base import Recipe, register
 from lowbit.tree import Tree
 
 INPUT = ":in"
 
 
-def prepare(params: Tree, assignment: Mapping[str, Format | ActFormat], learned: bool = False) -> Tree:
-    """Latents (float32 masters) at the weight sites, `PreparedInput` at the `path:in` sites; the rest unchanged.
+def prepare(params: Tree, assignment: Mapping[str, Format | ActFormat | KVFormat], learned: bool = False) -> Tree:
+    """Latents (float32 masters) at the weight sites, `PreparedInput` at the `path:in` sites, cache formats at theirs;
+    the rest unchanged.
 
     Raises `InputError` on a site that the parameters lack, is quantized already, or whose format cannot be trained.
     """
+    params, assignment = attach(params, assignment)
     paths = dict(trees.items(params))
     plain = {p: a.w if isinstance(a, PreparedInput) and a.act is None else a for p, a in paths.items()}
     for site, fmt in assignment.items():

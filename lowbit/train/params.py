@@ -14,10 +14,12 @@ from lowbit.formats import base
 from lowbit.formats.base import Latent, QTensor
 from lowbit.formats.fake_quant import PreparedInput
 from lowbit.linalg import online
+from lowbit.models import cache as caches
+from lowbit.models.cache import CacheSite
 from lowbit.tree import Tree
 
 Flat = dict[str, Any]  # arrays, or `ShapeDtypeStruct`s where nothing is computed yet
-Layout = dict[str, dict[str, Any]]  # path -> {"kind": "array" | "latent" | "packed", ...}, JSON-able
+Layout = dict[str, dict[str, Any]]  # path -> {"kind": "array" | "latent" | "packed" | "cache", ...}, JSON-able
 
 
 def flatten(params: Mapping[str, Any]) -> tuple[Flat, Layout]:
@@ -26,6 +28,11 @@ def flatten(params: Mapping[str, Any]) -> tuple[Flat, Layout]:
     layout: Layout = {}
     for path, leaf in trees.items(params):
         entry: dict[str, Any] = {}
+        if isinstance(leaf, CacheSite):
+            names, arrays = caches.describe(leaf)
+            layout[path] = {"kind": "cache", **names, "prepared": sorted(arrays)}
+            flat |= {f"{path}:{k}": arrays[k] for k in sorted(arrays)}
+            continue
         if isinstance(leaf, PreparedInput):
             names, arrays = online.describe(leaf)
             entry |= names | {"prepared": sorted(arrays)}
@@ -60,8 +67,12 @@ def unflatten(flat: Mapping[str, Any], layout: Layout) -> Tree:
                 case "packed":
                     arrays = {k: flat[f"{path}:{k}"] for k in entry["arrays"]}
                     leaf = QTensor(arrays, base.get(entry["format"]), tuple(entry["shape"]), entry["dtype"])
+                case "cache":
+                    arrays = {k: flat[f"{path}:{k}"] for k in entry["prepared"]}
+                    out[path] = caches.restore({k: entry[k] for k in ("format", "online") if k in entry}, arrays)
+                    continue
                 case kind:
-                    raise unknown(f"kind of {path}", kind, ["array", "latent", "packed"])
+                    raise unknown(f"kind of {path}", kind, ["array", "latent", "packed", "cache"])
             own = {k: flat[f"{path}:{k}"] for k in entry.get("prepared", ())}
         except KeyError as e:
             raise InputError(f"parameters have no {e.args[0]!r} (needed for {path})") from e
@@ -70,11 +81,11 @@ def unflatten(flat: Mapping[str, Any], layout: Layout) -> Tree:
 
 
 def trainable(layout: Layout) -> set[str]:
-    """Names that an optimizer may change: everything but the arrays of packed weights, of activation formats and of
-    online transforms."""
+    """Names that an optimizer may change: everything but the arrays of packed weights, of activation formats, of caches
+    and of online transforms."""
     names: set[str] = set()
     for path, entry in layout.items():
-        if entry["kind"] == "packed":
+        if entry["kind"] in ("packed", "cache"):
             continue
         names.add(path)
         names |= {f"{path}:{k}" for k in entry.get("arrays", ())}

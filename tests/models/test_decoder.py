@@ -8,7 +8,8 @@ import pytest
 from lowbit import tree as trees
 from lowbit.errors import InputError
 from lowbit.models import decoder
-from lowbit.models.decoder import forward, hidden_states, init_cache
+from lowbit.models.cache import init_cache
+from lowbit.models.decoder import forward, hidden_states
 from tests.models.tiny import CONFIGS, LLAMA, params_of, quantized, tiny
 
 TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 61, (2, 14)), jnp.int32)
@@ -82,14 +83,18 @@ def test_segments_are_separate_documents(name):
     assert np.abs(got - forward(model.params, TOKENS, model.config)).max() > 0.01
 
 
-def test_padding_at_the_left_changes_nothing():
+def test_padding_at_the_right_changes_nothing():
     model = tiny("gemma3")
-    rows = [TOKENS[0], TOKENS[1, :9]]
-    padded = jnp.stack([TOKENS[0], jnp.concatenate([jnp.zeros(5, jnp.int32), TOKENS[1, :9]])])
-    got, _ = hidden_states(model.params, padded, model.config, pads_B=jnp.asarray([0, 5]))
-    for h, row in zip(got, rows):
-        want, _ = hidden_states(model.params, row[None], model.config)
-        np.testing.assert_allclose(h[-len(row) :], want[0], atol=2e-4)
+    rows, counts = [TOKENS[0], TOKENS[1, :9]], jnp.asarray([14, 9], jnp.int32)
+    padded = jnp.stack([TOKENS[0], jnp.concatenate([TOKENS[1, :9], jnp.zeros(5, jnp.int32)])])
+    cache = init_cache(model.params, model.config, 2, 16)
+    run = jax.jit(lambda tokens, **options: hidden_states(model.params, tokens, model.config, **options))
+    got, cache = run(padded, cache=cache, count_B=counts)
+    assert cache.length.tolist() == [14, 9]
+    after, _ = run(jnp.asarray([[3], [3]]), cache=cache)
+    for h, last, row in zip(got, after, rows):
+        want, _ = run(jnp.concatenate([row, jnp.asarray([3])])[None])
+        np.testing.assert_allclose(jnp.concatenate([h[: len(row)], last]), want[0], atol=2e-4)
 
 
 @pytest.mark.parametrize("name", ["gemma3", "bit"])
@@ -105,7 +110,7 @@ def test_refusals():
     model = tiny()
     with pytest.raises(InputError, match="sequence of 65 tokens .*64"):
         forward(model.params, jnp.zeros((1, 65), jnp.int32), model.config)
-    cache = init_cache(model.config, 2, 16)
+    cache = init_cache(model.params, model.config, 2, 16)
     with pytest.raises(InputError, match="segments together with a cache"):
         hidden_states(model.params, TOKENS, model.config, cache=cache, segments_BT=TOKENS)
 
