@@ -45,6 +45,7 @@ class Transform:
     def main(self) -> Result:
         from lowbit.commands.evaluate import read_text
         from lowbit.commands.inspect import make_plan
+        from lowbit.formats.fake_quant import PreparedInput
         from lowbit.models.cache import CacheSite
         from lowbit.models.hf import save_hf
         from lowbit.rotations import base, state_file
@@ -70,7 +71,7 @@ class Transform:
         partial = self.out.with_name(f".{self.out.name}.partial.safetensors")
         state = fitted(self.name, model, documents, assignment, partial)
         done = apply(model, state)
-        online = sum(getattr(leaf, "op", None) is not None for _, leaf in items(done.params))
+        online = sum(isinstance(leaf, PreparedInput) for _, leaf in items(done.params))
         caches = sum(isinstance(leaf, CacheSite) for _, leaf in items(done.params))
         packed = online + caches > 0
         save_hf(done, self.out, dtype=None, packed=packed)

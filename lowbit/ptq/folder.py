@@ -21,7 +21,8 @@ from lowbit.errors import InputError
 from lowbit.formats import base as formats
 from lowbit.formats.base import QTensor
 from lowbit.linalg.online import restore
-from lowbit.models import hf
+from lowbit.models import cache, hf
+from lowbit.models.cache import CacheSite
 from lowbit.models.config import ModelConfig
 from lowbit.models.hf import HfWriter, tensor_name
 from lowbit.models.shards import INDEX, SINGLE, Shards, atomic_folder
@@ -59,14 +60,16 @@ def quantize_folder(
     solver: SolveBlock,
     key: Mapping[str, Any],
     progress: Callable[[int, int], None] | None = None,
+    kept: Mapping[str, Any] | None = None,
 ) -> None:
     """Runs `solver` over the blocks of the folder `src` into the packed folder `out`.
 
+    `kept` are the cache formats of the plan (`{site: KVFormat}`), which go beside the transforms that are there.
     `key` is all that the result depends on besides `src`, as JSON values: another one, or another source, starts anew.
     `progress(done, total)` counts blocks. Raises `InputError`; `out` then holds what it held before.
     """
     config = hf.load_config(src)
-    blocks = blocks_of(hf.readers(src))
+    blocks = blocks_of(with_sites(hf.readers(src), kept or {}))
     state = out.with_name(f".{out.name}.partial")
     here = state / _fingerprint(src, key)
     try:
@@ -86,6 +89,16 @@ def quantize_folder(
     with atomic_folder(out) as tmp:
         _assemble(src, config, [here / f"{n:05}" for n in range(len(blocks))], tmp)
     shutil.rmtree(state)
+
+
+def with_sites(readers: Block, kept: Mapping[str, Any]) -> Block:
+    """The readers of a folder, and of the cache sites that a plan adds or changes."""
+
+    def read(path: str) -> CacheSite:
+        there = readers[path]() if path in readers else CacheSite()
+        return dataclasses.replace(there, format=kept[path])
+
+    return {**readers, **{path: partial(read, path) for path in kept}}
 
 
 def _fingerprint(src: Path, key: Mapping[str, Any]) -> str:
@@ -111,7 +124,8 @@ def _write(done: Path, config: ModelConfig, leaves: Iterable[tuple[str, Any]]) -
             writer.add(path, leaf)
             del leaf  # before the next one is read
         writer.shards.close()
-        kinds = {"formats": writer.formats, "dtypes": writer.dtypes, "seen": writer.seen, **writer.names}
+        kinds = {"formats": writer.formats, "dtypes": writer.dtypes, "seen": writer.seen}
+        kinds |= {"caches": writer.caches, **writer.names}
         (tmp / LEAVES).write_text(json.dumps(kinds))
         for path in tmp.iterdir():
             with open(path, "rb+") as f:
@@ -140,7 +154,12 @@ def _stored(done: Path, config: ModelConfig) -> Block:
             leaf = shards.read(tensor_name(path))
         return restore(leaf, {k: kinds[k][path] for k in ("input", "online") if path in kinds[k]}, inputs)
 
-    return {path: partial(read, path) for path in kinds["seen"]}
+    def site(path: str) -> CacheSite:
+        arrays = {n.removeprefix(f"{path}."): jnp.asarray(shards.read(n)) for n in shards if n.startswith(f"{path}.")}
+        return cache.restore(kinds["caches"][path], arrays)
+
+    weights = {path: partial(read, path) for path in kinds["seen"]}
+    return weights | {path: partial(site, path) for path in kinds["caches"]}
 
 
 @dataclasses.dataclass
@@ -174,6 +193,7 @@ def _assemble(src: Path, config: ModelConfig, blocks: list[Path], tmp: Path) -> 
         writer.formats |= kinds["formats"]
         writer.dtypes |= kinds["dtypes"]
         writer.seen |= kinds["seen"]
+        writer.caches |= kinds["caches"]
         for kind, names in writer.names.items():
             names |= kinds[kind]
     writer.close()

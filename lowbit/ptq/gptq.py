@@ -33,6 +33,7 @@ from lowbit.formats.base import Format, Params, QTensor
 from lowbit.formats.fake_quant import PreparedInput
 from lowbit.linalg.online import describe
 from lowbit.models import hf
+from lowbit.models.cache import attach, split
 from lowbit.models.config import ModelConfig
 from lowbit.models.model import Model
 from lowbit.plan import INPUT, Plan
@@ -226,9 +227,10 @@ def quantize(
     through what is quantized already. Weights outside of the layers are rounded to nearest. Static activation formats
     get their range from the same text. Options are those of `GptqOptions`. Raises `InputError`.
     """
-    rtn.check_paths(model.params, assignment)
+    params, assignment = attach(model.params, assignment)
+    rtn.check_paths(params, assignment)
     solver = _blocks(model.config, assignment, documents, model.tokenizer, GptqOptions(**options))
-    readers = readers_of(model.params)
+    readers = readers_of(params)
     known = model.config.shapes()
     blocks = blocks_of({path: readers[path] for path in (*known, *(p for p in readers if p not in known))})
     flat: dict[str, Any] = {}
@@ -254,11 +256,12 @@ def quantize_dir(
     src, opts = Path(src), GptqOptions(**options)
     config = hf.load_config(src)
     assignment = plan.resolve(config.shapes()) if isinstance(plan, Plan) else dict(plan)
-    solver = _blocks(config, assignment, documents, hf.load_tokenizer(src), opts)
+    caches, rest = split(assignment)
+    solver = _blocks(config, rest, documents, hf.load_tokenizer(src), opts)
     names = {site: fmt.name for site, fmt in assignment.items()}
     text = hashlib.sha256(solver.tokens_BT.tobytes()).hexdigest()
     key = {"solver": "gptq", "plan": names, "options": dataclasses.asdict(opts), "tokens": text}
-    quantize_folder(src, Path(out), solver, key, progress)
+    quantize_folder(src, Path(out), solver, key, progress, caches)
 
 
 def _blocks(

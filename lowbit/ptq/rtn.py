@@ -19,6 +19,7 @@ from lowbit.errors import InputError
 from lowbit.formats.base import Format, Latent, Params, QTensor
 from lowbit.formats.fake_quant import PreparedInput
 from lowbit.models import hf
+from lowbit.models.cache import attach, split
 from lowbit.models.model import Model
 from lowbit.plan import INPUT, Plan
 from lowbit.ptq.base import Solver, register
@@ -47,6 +48,7 @@ def _encode(fmt: Format, w: Float[Array, "O I"]) -> tuple[QTensor, Params]:
 def quantize(params: Tree, assignment: Mapping[str, Any]) -> Tree:
     """`params` with each weight named in `assignment` (`Plan.resolve`) packed in its format; `path:in` entries
     attach the activation format. Weights that are packed already, and paths that do not exist, raise `InputError`."""
+    params, assignment = attach(params, assignment)
     check_paths(params, assignment)
     return trees.map_leaves(lambda path, leaf: quantize_leaf(path, leaf, assignment), params)
 
@@ -105,7 +107,8 @@ def quantize_dir(
     src = Path(src)
     assignment = plan.resolve(hf.load_config(src).shapes()) if isinstance(plan, Plan) else dict(plan)
     names = {site: fmt.name for site, fmt in assignment.items()}
-    quantize_folder(src, Path(out), _Blocks(assignment), {"solver": "rtn", "plan": names}, progress)
+    caches, rest = split(assignment)
+    quantize_folder(src, Path(out), _Blocks(rest), {"solver": "rtn", "plan": names}, progress, caches)
 
 
 class _Blocks(NamedTuple):

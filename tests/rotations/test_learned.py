@@ -137,6 +137,7 @@ def parts(state: State) -> list:
     return [state.residual, dict(state.heads), dict(state.smooth), dict(state.inputs)]
 
 
+@pytest.mark.slow
 def test_weights_learned_with_the_rotations_do_better_than_rotations_alone():
     model = with_outliers(small())
     assignment = PLAN.resolve(model.config.shapes())
