@@ -17,6 +17,7 @@ VERBS: dict[str, tuple[str, str, str]] = {  # verb: (module, options class, one 
     "run": ("run", "Run", "run an experiment file"),
     "train": ("train", "Train", "quantization-aware training of a model"),
     "quantize": ("quantize", "Quantize", "quantize a model without training"),
+    "transform": ("transform", "Transform", "rotate or smooth a model: the same function, easier to quantize"),
     "eval": ("evaluate", "Eval", "perplexity, divergence and size of a model"),
     "compare": ("evaluate", "Compare", "evaluate several models on one text, in one table"),
     "export": ("quantize", "Export", "write a model for another runtime (GGUF, Hugging Face)"),

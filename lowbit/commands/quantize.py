@@ -11,10 +11,9 @@ import tyro
 
 from lowbit.commands.common import Flag, Model, Result, Word, WordPath, check_output, folder_of, lines, load, result
 from lowbit.commands.inspect import make_plan
+from lowbit.commands.transform import fitted
 from lowbit.errors import InputError, unknown
 from lowbit.ptq.options import GptqOptions
-
-TRANSFORMS = ("none",)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,9 +31,10 @@ class Quantize:
     solver: str = "rtn"
     """rtn: round to nearest; gptq: with error feedback, calibrated on --calib."""
     transform: str = "none"
-    """none: the network as it is."""
+    """none: the network as it is; quarot, spinquant, smoothquant, flatquant or a saved one (see lowbit transform): the
+    model is held in memory then, in float32."""
     calib: WordPath = None
-    """Calibration text: UTF-8, .jsonl, or a folder of them, for solvers that use data (rtn does not)."""
+    """Calibration text: UTF-8, .jsonl, or a folder of them, for solvers and transforms that use data."""
     gptq: GptqOptions = GptqOptions()
     force: Flag = False
     """Replace what is in --out."""
@@ -47,10 +47,11 @@ class Quantize:
         from lowbit.experiment.progress import Progress
         from lowbit.models.hf import save_hf
         from lowbit.ptq import base as solvers
+        from lowbit.rotations import base as transforms
+        from lowbit.rotations.fold import apply
 
         solver = solvers.get(self.solver)
-        if self.transform not in TRANSFORMS:
-            raise unknown("transform", self.transform, TRANSFORMS)
+        transform = None if self.transform == "none" else transforms.get(self.transform)
         plan = make_plan(self.format, self.rules)
         check_output(self.out, self.force)
         text = None if self.calib is None else read_text(self.calib)
@@ -60,8 +61,11 @@ class Quantize:
         if self.solver != "gptq" and self.gptq != GptqOptions():
             raise InputError(f"--gptq options with solver {self.solver} (allowed: with --solver gptq)")
         options = dataclasses.asdict(self.gptq) if self.solver == "gptq" else {}
-        if documents is not None and not solver.calibrates:
-            print(f"lowbit: note: solver {self.solver} uses no data; --calib {self.calib} is not used", file=sys.stderr)
+        if transform is not None and transform.calibrates and documents is None:
+            raise InputError(f"transform {self.transform} without --calib (allowed: a calibration text)")
+        if documents is not None and not (solver.calibrates or (transform is not None and transform.calibrates)):
+            note = f"solver {self.solver} and transform {self.transform} use no data; --calib {self.calib} is not used"
+            print(f"lowbit: note: {note}", file=sys.stderr)
         start = time.monotonic()
         folder = folder_of(self.model)
         bars: list[Progress] = []
@@ -72,7 +76,7 @@ class Quantize:
             bars[0].update(done)
 
         try:
-            if folder is not None and solver.quantize_dir is not None:
+            if transform is None and folder is not None and solver.quantize_dir is not None:
                 partial = self.out.with_name(f".{self.out.name}.partial")
                 try:
                     solver.quantize_dir(folder, plan, self.out, on_block, documents, **options)
@@ -82,9 +86,14 @@ class Quantize:
                     raise
             else:
                 model = load(self.model)
+                learned = self.out.with_name(f".{self.out.name}.partial.safetensors")
+                if transform is not None:
+                    wanted = plan.resolve(model.config.shapes())
+                    model = apply(model, fitted(self.transform, model, documents, wanted, learned))
                 assignment = plan.resolve(model.config.shapes())
                 params = solver.quantize(model, assignment, documents, progress=on_block, **options)
                 save_hf(model.replace(params=params), self.out, dtype=None, packed=True)
+                learned.unlink(missing_ok=True)
         finally:
             for bar in bars:
                 bar.close()

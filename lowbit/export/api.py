@@ -20,6 +20,9 @@ from lowbit.export.gguf_types import TYPES, get
 from lowbit.export.hf import export_hf
 from lowbit.export.sources import Sources, leaves, open_sources, unwrap
 from lowbit.formats.base import Format, QTensor
+from lowbit.formats.fake_quant import PreparedInput
+from lowbit.linalg import online
+from lowbit.models import cache
 from lowbit.models.cache import CacheSite, without
 from lowbit.models.hf import FLOATS, load_hf, readers, stored_kinds
 from lowbit.models.model import Model
@@ -75,14 +78,14 @@ def export(
     report: dict[str, Any] = {"to": to, "path": str(out), "fresh": [], "rounded": {}, "notes": []}
     if not isinstance(source, Model) and Path(out).resolve() == Path(source).resolve():
         source = load_hf(source)  # is about to be replaced
-    opened = open_sources(source, drop_activations or kind == "packed")
+    opened = open_sources(source, drop_activations or kind == "packed", online=kind == "packed")
     if kind == "gguf":
         r = write_sources(opened, out, option or "auto", overrides=overrides, embedding=embedding)
         report |= {"fresh": r.fresh, "rounded": r.rounded, "notes": r.notes, "types": _count(r.types.values())}
         report["weights"] = _compare_gguf(opened, out, r.types)
     else:
         dtype = export_hf(source, out, kind == "packed", option or None, drop_activations)
-        report["weights"], report["rounded"] = _compare_hf(source, dtype, out)
+        report["weights"], report["rounded"] = _compare_hf(source, dtype, out, kind == "packed")
         kinds = stored_kinds(out).values()
         report["types"] = _count(k.name if isinstance(k, Format) else k for k in kinds)
     report["bytes"] = size(out)
@@ -132,10 +135,15 @@ def _compare_gguf(opened: Sources, out: str | Path, types: dict[str, str]) -> in
     return total
 
 
-def _compare_hf(source: Model | str | Path, dtype: str | None, out: str | Path) -> tuple[int, dict[str, int]]:
-    """Every weight of the folder against its source, one tensor at a time; `dtype` is what floats were cast to."""
+def _compare_hf(
+    source: Model | str | Path, dtype: str | None, out: str | Path, packed: bool
+) -> tuple[int, dict[str, int]]:
+    """Every weight of the folder against its source, one tensor at a time, and in a packed one what is done to inputs
+    and caches; `dtype` is what floats were cast to."""
     total, rounded, found = 0, {}, readers(out)
     for path, leaf in leaves(source):
+        if packed and _beside(leaf) != _beside(found[path]()):
+            raise ExportMismatch(f"{out}: {path} has other activation formats or transforms than it was written from")
         if isinstance(leaf, CacheSite):
             continue
         a = _float32(path, leaf)
@@ -152,13 +160,21 @@ def _compare_hf(source: Model | str | Path, dtype: str | None, out: str | Path) 
     return total, rounded
 
 
+def _beside(leaf: Any) -> Any:
+    """What a leaf holds besides its weight: names and bytes."""
+    if not isinstance(leaf, PreparedInput | CacheSite):
+        return None
+    names, arrays = (online if isinstance(leaf, PreparedInput) else cache).describe(leaf)
+    return names, {k: np.asarray(a).tobytes() for k, a in arrays.items()}
+
+
 def _none(wrong: int, path: str, out: str | Path) -> None:
     if wrong:
         raise ExportMismatch(f"{out}: {wrong} weights of {path} differ from what it was written from (allowed: none)")
 
 
 def _float32(path: str, leaf: Any) -> np.ndarray:
-    leaf = unwrap(path, leaf, True)
+    leaf = unwrap(path, leaf, True, True)
     if isinstance(leaf, QTensor):
         leaf = dataclasses.replace(leaf, dtype="float32").decode()
     return np.asarray(leaf).astype(np.float32, copy=False)
@@ -181,7 +197,8 @@ def _divergence(model: Model, again: Model, drop_activations: bool) -> tuple[flo
     tokens = np.random.default_rng(0).integers(0, model.config.vocab_size, (rows, length))
 
     def plain(path: str, leaf: Any) -> Any:
-        leaf = unwrap(path, leaf, True) if drop_activations else leaf
+        if drop_activations and isinstance(leaf, PreparedInput):
+            leaf = dataclasses.replace(leaf, act=None, params={})
         return dataclasses.replace(leaf, dtype="float32") if isinstance(leaf, QTensor) else leaf
 
     trees = (without(m.params) if drop_activations else m.params for m in (model, again))

@@ -25,7 +25,7 @@ def export_hf(
     """
     if dtype is not None and dtype not in FLOATS:
         raise unknown("dtype", dtype, FLOATS)
-    opened = open_sources(source, drop_activations or packed)
+    opened = open_sources(source, drop_activations or packed, online=packed)
     if not packed and dtype is None and any(s.format is not None for s in opened.tensors.values()):
         dtype = "float32"
     with atomic_folder(out) as tmp:

@@ -43,12 +43,12 @@ class Sources:
     tensors: dict[str, Source]
 
 
-def open_sources(source: Model | str | Path, drop_activations: bool = False) -> Sources:
+def open_sources(source: Model | str | Path, drop_activations: bool = False, online: bool = False) -> Sources:
     """The sources of a model or of a folder (plain or packed), of which only headers are read here.
 
     `drop_activations` gives the weights of layers that also quantize their input; without it these raise `InputError`,
-    from a folder when they are loaded, and so do cache formats, at once. Raises `InputError` like `load_hf`, but for
-    values.
+    from a folder when they are loaded, and so do cache formats, at once. `online` does the same for layers that
+    transform their input. Raises `InputError` like `load_hf`, but for values.
     """
     if isinstance(source, Model):
         tensors = {}
@@ -56,14 +56,14 @@ def open_sources(source: Model | str | Path, drop_activations: bool = False) -> 
             if isinstance(leaf, CacheSite):
                 _check_cache(p, leaf, drop_activations)
             else:
-                tensors[p] = _of_leaf(unwrap(p, leaf, drop_activations))
+                tensors[p] = _of_leaf(unwrap(p, leaf, drop_activations, online))
         return Sources(source.config, source.tokenizer, source.source, tensors)
     folder = Path(source)
     config, kinds, tensors = hf.load_config(folder), hf.stored_kinds(folder), {}
     shapes = config.shapes()
 
     def load(path: str, read: Callable[[], Any]) -> Any:
-        return unwrap(path, read(), drop_activations)
+        return unwrap(path, read(), drop_activations, online)
 
     for path, read in hf.readers(folder).items():
         if path not in kinds:
@@ -81,10 +81,11 @@ def leaves(source: Model | str | Path) -> Iterator[tuple[str, Any]]:
     return items(source.params) if isinstance(source, Model) else hf.iter_tensors(source)
 
 
-def unwrap(path: str, leaf: Any, drop_activations: bool = False) -> Any:
-    """The array or `QTensor` of a leaf; a `Latent` gives its trained codes and scales."""
+def unwrap(path: str, leaf: Any, drop_activations: bool = False, online: bool = False) -> Any:
+    """The array or `QTensor` of a leaf; a `Latent` gives its trained codes and scales. Raises `InputError` for what is
+    done to its input, unless that may be left out."""
     if isinstance(leaf, PreparedInput):
-        if leaf.op is not None:
+        if leaf.op is not None and not online:
             raise InputError(
                 f"{path} transforms its input online ({leaf.op.name}), which the target cannot run and without which "
                 "the model is another one (allowed: packed, or a transform that folds into the weights)"

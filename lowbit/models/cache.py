@@ -261,14 +261,12 @@ def attach(params: Tree, assignment: Mapping[str, Any]) -> tuple[Tree, dict[str,
     """The tree with the cache formats of an assignment (`Plan.resolve`) in their places, beside the transforms that are
     there, and the rest of the assignment. Raises `InputError` for layers that the tree lacks."""
     flat = dict(trees.items(params))
-    for path, fmt in assignment.items():
-        if isinstance(fmt, KVFormat):
-            if f"{path[: -len('_cache')]}_proj" not in flat:
-                raise InputError(
-                    f"cache format {fmt.name} for {path}, whose layer the model lacks (allowed: its layers)"
-                )
-            flat[path] = dataclasses.replace(flat.get(path, CacheSite()), format=fmt)
-    return trees.build(flat), {p: f for p, f in assignment.items() if not isinstance(f, KVFormat)}
+    caches = {p: f for p, f in assignment.items() if isinstance(f, KVFormat)}
+    for path, fmt in caches.items():
+        if f"{path[: -len('_cache')]}_proj" not in flat:
+            raise InputError(f"cache format {fmt.name} for {path}, whose layer the model lacks (allowed: its layers)")
+        flat[path] = dataclasses.replace(flat.get(path, CacheSite()), format=fmt)
+    return trees.build(flat), {p: f for p, f in assignment.items() if p not in caches}
 
 
 def with_caches(

@@ -1,8 +1,8 @@
 """What a transform is, the names of transforms, and their registry.
 
 `NAME[:PART+PART...][:key...]`, such as `quarot`, `quarot:r1+r4`, `quarot:heads+r3+r4:dct:s1`, `spinquant:r1+r2`,
-`smoothquant:a0.8`. A transform's `fit` looks at a model (and, if it `calibrates`, at text) and gives the `State` that
-`fold.apply` turns into a model computing the same function.
+`smoothquant:a0.8`; or the path of a saved state (`NAME.safetensors`). A transform's `fit` looks at a model (and, if it
+`calibrates`, at text) and gives the `State` that `fold.apply` turns into a model computing the same function.
 """
 
 import dataclasses
@@ -26,7 +26,8 @@ class Fit(Protocol):
 
 
 class Transform(NamedTuple):
-    """A transform with its options set. `learns` says that `fit` trains, for the quantization that follows."""
+    """A transform with its options set. `learns` says that `fit` trains, for the quantization that follows; it then
+    takes `on_step` and `progress` too (see `spinquant.fit`)."""
 
     name: str
     fit: Fit
@@ -50,12 +51,26 @@ def register(family: str, parse: Callable[[str, list[str]], Transform], examples
 
 
 def get(name: str) -> Transform:
-    """The transform of a name. Raises `InputError` with what is allowed."""
+    """The transform of a name, or of a file that `state_file.save` wrote. Raises `InputError` with what is allowed."""
     _load_all()
+    if str(name).endswith(".safetensors"):
+        return _saved(str(name))
     family, *keys = str(name).strip().lower().split(":")
     if family not in _FAMILIES:
         raise unknown("transform", name, ["none", *_FAMILIES])
     return _FAMILIES[family].parse(name, keys)
+
+
+def _saved(path: str) -> Transform:
+    from lowbit.rotations import state_file
+
+    state = state_file.load(path)
+
+    def fit(model: Model, documents: Any = None, assignment: Any = None) -> State:
+        state_file.check(state, model, path)
+        return state
+
+    return Transform(path, fit)
 
 
 def names() -> list[str]:

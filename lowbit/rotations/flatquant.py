@@ -14,6 +14,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -34,7 +35,7 @@ from lowbit.ptq import calibrate
 from lowbit.rotations import quarot
 from lowbit.rotations.base import Transform, no_more, number_of, register
 from lowbit.rotations.fold import State, fold_leaf
-from lowbit.rotations.learn import as_jax, default_assignment, dress, finite
+from lowbit.rotations.learn import Progress, as_jax, default_assignment, dress, finite
 from lowbit.rotations.smoothquant import scales
 from lowbit.tree import Tree
 
@@ -45,7 +46,7 @@ SITES = {  # group: where its diagonal goes, and the linears that read it
     "down": ("mlp.down_proj", ("mlp.down_proj",)),
 }
 ALPHA = 0.3  # of the SmoothQuant scales that diagonals start from
-OnStep = Callable[[int, float], None]
+OnStep = Callable[[int, int, float], None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,12 +70,14 @@ def fit(
     name: str = "flatquant",
     options: Options = Options(),
     on_step: OnStep | None = None,
+    progress: str | Path | None = None,
 ) -> State:
     """Learns the transforms for a model that will be quantized by `assignment` (W4A4 without one).
 
-    `on_step(step, loss)` counts steps over all layers; the loss is the squared error over that of a layer that does
-    nothing. Raises `InputError` for models without norms before their linears, for a text with too few rows, and when
-    the loss is no longer finite.
+    `on_step(step, steps, loss)` counts steps over all layers; the loss is the squared error over that of a layer that
+    does nothing. With a path `progress`, the same call goes on behind the last whole layer after an interruption.
+    Raises `InputError` for models without norms before their linears, for a text with too few rows, and when the loss
+    is no longer finite.
     """
     c, o = model.config, options
     if not c.input_norm:
@@ -85,12 +88,17 @@ def fit(
     stats = calibrate.statistics(c, calibrate.readers_of(model.params), tokens)
     start = scales(model, {p: s.absmax_I for p, s in stats.items()}, ALPHA, everywhere=True)
     x = _embed({"model": {"embed_tokens": model.params["model"]["embed_tokens"]}}, jnp.asarray(tokens), c)
-    smooth: dict[str, Any] = {}
-    inputs: dict[str, Any] = {}
+    kept = Progress(progress, name, o, model, assignment, tokens)
+    earlier = kept.load()
+    done, found = (0, State(name)) if earlier is None else earlier
+    smooth, inputs = dict(found.smooth), dict(found.inputs)
     train = _trainer(c, o, name)
     for i in range(c.num_layers):
         layer = as_jax(model.params["model"]["layers"][str(i)])
         y = jnp.concatenate([_run(c, layer, x[j : j + o.batch], i) for j in range(0, len(x), o.batch)])
+        if i < done:
+            x = y
+            continue
         prefix = f"model.layers.{i}."
         own = {s.removeprefix(prefix): f for s, f in assignment.items() if s.startswith(prefix)}
         begin = {"log_scale": {}, "ops": {}}
@@ -103,6 +111,7 @@ def fit(
         smooth |= s
         inputs |= {p: Kronecker(*(m.astype(np.float32) for m in (op.left, op.right))) for p, op in ops.items()}
         x = y
+        kept.save(i + 1, State(name, smooth=smooth, inputs=inputs))
     return State(name, smooth=smooth, inputs=inputs, caches=quarot.r3(c, "dct"))
 
 
@@ -172,7 +181,7 @@ def _trainer(c: ModelConfig, o: Options, name: str) -> Callable[..., Any]:
             learned, state, loss = step(learned, state, layer, x[rows], y[rows], index, tuple(assignment.items()))
             value = finite(loss, k, f"{name}, layer {index}")
             if on_step is not None:
-                on_step(index * o.steps + k + 1, value)
+                on_step(index * o.steps + k + 1, c.num_layers * o.steps, value)
         return learned
 
     return train

@@ -28,6 +28,7 @@ import numpy as np
 from lowbit import tree as trees
 from lowbit.errors import InputError
 from lowbit.formats.fake_quant import PreparedInput
+from lowbit.models.cache import CacheSite
 from lowbit.models.config import ModelConfig
 from lowbit.models.model import Model
 from lowbit.tree import Tree
@@ -150,7 +151,18 @@ def fold(params: Tree, config: ModelConfig, state: State, dtype: Any = np.float3
         w = jnp.asarray(fold_leaf(path, get(path), config, state, get).astype(dtype))
         op = state.inputs.get(path)
         out[path] = w if op is None else PreparedInput(w, op=op)
-    return trees.build(out), new_config
+    return trees.build(out | caches(flat, state)), new_config
+
+
+def caches(flat: Mapping[str, Any], state: State) -> dict[str, CacheSite]:
+    """The cache sites of a tree `{path: leaf}`, with the state's transforms."""
+    found = {path: leaf for path, leaf in flat.items() if isinstance(leaf, CacheSite)}
+    for path, op in state.caches.items():
+        site = found.get(path, CacheSite())
+        if site.op is not None:
+            raise InputError(f"{path} is transformed already by {site.op.name} (allowed: once)")
+        found[path] = dataclasses.replace(site, op=op)
+    return found
 
 
 def apply(model: Model, state: State, dtype: Any = np.float32) -> Model:

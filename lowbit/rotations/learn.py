@@ -1,8 +1,11 @@
 """What learned transforms share: the network with a plan put on it, differentiable in everything, and its batches."""
 
 import dataclasses
+import hashlib
+import json
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -12,12 +15,15 @@ from jaxtyping import Int
 
 from lowbit import tree as trees
 from lowbit.errors import InputError
-from lowbit.formats.base import Format, Latent
+from lowbit.formats.base import Latent
 from lowbit.formats.fake_quant import PreparedInput
+from lowbit.models.cache import attach
 from lowbit.models.config import ModelConfig
 from lowbit.models.model import Model
 from lowbit.plan import INPUT, Plan, Rule
 from lowbit.ptq import calibrate
+from lowbit.rotations import state_file
+from lowbit.rotations.fold import State
 from lowbit.tree import Tree
 
 CACHE = re.compile(r".*\.[kv]_cache")
@@ -37,9 +43,11 @@ def dress(params: Tree, assignment: Mapping[str, Any]) -> Tree:
     """`params` as the plan quantizes them, straight-through: weights as `Latent`s with scales fitted at each use,
     inputs prepared, caches quantized. Online transforms stay."""
 
+    params, assignment = attach(params, assignment)
+
     def one(path: str, leaf: Any) -> Any:
         fmt, act = assignment.get(path), assignment.get(path + INPUT)
-        if not isinstance(fmt, Format) and act is None:
+        if fmt is None and act is None:
             return leaf
         prepared = leaf if isinstance(leaf, PreparedInput) else PreparedInput(leaf)
         w = prepared.w if fmt is None else Latent(prepared.w, {}, fmt)
@@ -70,6 +78,40 @@ def finite(loss: Any, step: int, name: str) -> float:
     if not np.isfinite(value):
         raise InputError(f"{name}: loss {value} at step {step} (allowed: finite; a smaller learning rate may do)")
     return value
+
+
+class Progress:
+    """A learned transform's file: written while it is learned, so that the same call goes on after an interruption.
+
+    It is a state like any other (`state_file`), whose name says how far it is and of what it is a part: another model,
+    text, plan or option starts anew. Without a path, nothing is kept.
+    """
+
+    def __init__(self, path: str | Path | None, *of: Any):
+        self.path = None if path is None else Path(path)
+        self.key = hashlib.sha256(b"".join(_bytes(x) for x in of)).hexdigest()[:16]
+
+    def load(self) -> tuple[int, State] | None:
+        """`(steps done, state)` of an earlier, interrupted call with the same arguments."""
+        if self.path is None or not self.path.exists():
+            return None
+        state = state_file.load(self.path)
+        done, _, key = state.name.partition(" ")
+        return (int(done), state) if key == self.key else None
+
+    def save(self, done: int, state: State) -> None:
+        """Keeps a state."""
+        if self.path is not None:
+            state_file.save(dataclasses.replace(state, name=f"{done} {self.key}"), self.path)
+
+
+def _bytes(x: Any) -> bytes:
+    if isinstance(x, Model):  # the configuration and one matrix that training would have changed
+        w = np.asarray(next(iter(x.params["model"]["layers"]["0"]["self_attn"].values())))
+        return repr(x.config).encode() + w.tobytes()
+    if isinstance(x, Mapping):
+        return json.dumps({site: fmt.name for site, fmt in x.items()}, sort_keys=True).encode()
+    return x.tobytes() if isinstance(x, np.ndarray) else repr(x).encode()
 
 
 def as_jax(params: Tree) -> Tree:

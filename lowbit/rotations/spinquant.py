@@ -16,6 +16,7 @@ with a cosine schedule: `:steps100`, `:lr1.5`, `:b8` rows a step. The loss is th
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -34,12 +35,13 @@ from lowbit.models.decoder import forward
 from lowbit.models.model import Model
 from lowbit.rotations import quarot
 from lowbit.rotations.base import Transform, no_more, number_of, parts_of, register
-from lowbit.rotations.fold import State, check_residual, fold, fold_leaf
-from lowbit.rotations.learn import activations_only, as_jax, batches, default_assignment, dress, finite
+from lowbit.rotations.fold import State, caches, check_residual, fold, fold_leaf
+from lowbit.rotations.learn import Progress, activations_only, as_jax, batches, default_assignment, dress, finite
 from lowbit.tree import Tree
 
 PARTS = ("r1", "r2", "r3", "r4")
-OnStep = Callable[[int, float], None]
+SAVE_EVERY = 10
+OnStep = Callable[[int, int, float], None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,13 +69,15 @@ def fit(
     name: str = "spinquant",
     options: Options = Options(),
     on_step: OnStep | None = None,
+    progress: str | Path | None = None,
 ) -> State:
     """Learns the rotations for a model whose inputs and caches will be quantized by `assignment` (W4A4 without one).
 
-    `on_step(step, loss)` is called after each. Raises `InputError` for R1 of a model with sandwich norms, for sizes
-    without a Hadamard matrix, for a text that fills no batch, and when the loss is no longer finite.
+    `on_step(step, steps, loss)` is called after each. With a path `progress`, the same call goes on after an
+    interruption, to the same bits. Raises `InputError` for R1 of a model with sandwich norms, for sizes without a
+    Hadamard matrix, for a text that fills no batch, and when the loss is no longer finite.
     """
-    return learn(model, documents or (), assignment, name, options, on_step)[0]
+    return learn(model, documents or (), assignment, name, options, on_step, progress)[0]
 
 
 def learn(
@@ -83,6 +87,7 @@ def learn(
     name: str = "spinquant",
     options: Options = Options(),
     on_step: OnStep | None = None,
+    progress: str | Path | None = None,
 ) -> tuple[State, Model]:
     """`(state, transformed model)` after learning; with `weight_lr` the weights of the model are trained ones, so it
     is another function than `fold.apply(model, state)`.
@@ -114,18 +119,29 @@ def learn(
         goal = jax.nn.log_softmax(forward(teacher, tokens_BT[:, :-1], c))
         return jnp.mean(jnp.sum(jnp.exp(goal) * (goal - jax.nn.log_softmax(logits)), axis=-1))
 
-    @partial(jax.jit, donate_argnums=(0, 1))
+    @partial(jax.jit, donate_argnums=0)
     def step(trainable: Any, state: Any, frozen: Any, teacher: Any, tokens_BT: Array) -> tuple[Any, Any, Array]:
         loss, grads = jax.value_and_grad(objective)(trainable, frozen, teacher, tokens_BT)
         updates, state = optimizer.update(grads, state, trainable)
         return optax.apply_updates(trainable, updates), state, loss
 
+    kept = Progress(None if o.weight_lr else progress, name, o, model, target, tokens)
+    done = 0
+    if (earlier := kept.load()) is not None:
+        done, found = earlier
+        trainable["rotations"] = {k: jnp.asarray(v, jnp.float32) for k, v in _raw(found).items()}
     state = optimizer.init(trainable)
-    for i, rows in enumerate(tokens):
+    if done:
+        state = optax.tree.set(state, count=jnp.asarray(done, jnp.int32))
+    for i, rows in enumerate(tokens[done:], done):
         trainable, state, loss = step(trainable, state, frozen, teacher, jnp.asarray(rows))
         value = finite(loss, i, name)
         if on_step is not None:
-            on_step(i + 1, value)
+            on_step(i + 1, o.steps, value)
+        if (i + 1) % SAVE_EVERY == 0:
+            r2 = trainable["rotations"].get("r2")
+            heads = {} if r2 is None else dict(enumerate(np.asarray(r2)))
+            kept.save(i + 1, State("", residual=trainable["rotations"].get("r1"), heads=heads))
     learned = finished(fixed, trainable["rotations"], "r1" in o.parts)
     after = dataclasses.replace(learned, norms=False)  # `plain` has its norms folded already
     base = model.replace(params=trainable.get("weights", plain), config=config)
@@ -151,6 +167,12 @@ def initial(c: ModelConfig, name: str, o: Options) -> tuple[State, dict[str, Any
     return State(name, inputs=inputs, caches=caches), start
 
 
+def _raw(state: State) -> dict[str, np.ndarray]:
+    """The rotations of a state that learning was interrupted at, as `initial` gives those it starts from."""
+    out = {} if state.residual is None else {"r1": state.residual}
+    return out | ({"r2": np.stack([state.heads[i] for i in sorted(state.heads)])} if state.heads else {})
+
+
 def rotate(params: Tree, config: ModelConfig, fixed: State, rotations: Mapping[str, Float[Array, "..."]]) -> Tree:
     """The tree after `fixed` and the rotations, in jax, differentiable. Norms must have been folded if there is R1."""
     r2 = rotations.get("r2")
@@ -164,7 +186,8 @@ def rotate(params: Tree, config: ModelConfig, fixed: State, rotations: Mapping[s
         return w if op is None else PreparedInput(w, op=op)
 
     with jax.default_matmul_precision("highest"):
-        return trees.map_leaves(one, params)
+        out = dict(trees.items(trees.map_leaves(one, params)))
+    return trees.build(out | caches(out, state))
 
 
 def finished(fixed: State, rotations: Mapping[str, Any], norms: bool) -> State:
@@ -192,7 +215,8 @@ def _fold_again(base: Model, state: State) -> Tree:
         op = state.inputs.get(path)
         return folded if op is None else PreparedInput(folded, op=op)
 
-    return trees.map_leaves(one, base.params)
+    out = dict(trees.items(trees.map_leaves(one, base.params)))
+    return trees.build(out | caches(out, state))
 
 
 def _parse(name: str, keys: list[str]) -> Transform:

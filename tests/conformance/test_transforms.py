@@ -42,12 +42,13 @@ def small(config: ModelConfig) -> Model:
 
 
 def cases() -> list:
-    """Learned transforms compile for a quarter of a minute: by default on one family that they take."""
-    learned = {n: "odd" if "r1" in n or "flat" not in n else "gemma3" for n in base.names() if base.get(n).learns}
+    """Every pair. By default a learned transform, which compiles for a quarter of a minute, runs on one family that it
+    takes, and what is a part of another transform on two."""
+    whole = ("quarot", "quarot:heads+r3+r4", "smoothquant:all:n8")
+    default = {n: ("odd", "gemma3") for n in base.names()} | {n: tuple(FAMILIES) for n in whole}
+    default |= {n: ("gemma3",) if n.startswith("flat") else ("odd",) for n in base.names() if base.get(n).learns}
     return [
-        pytest.param(n, f, marks=[pytest.mark.slow] if n in learned and f != learned[n] else [])
-        for n in base.names()
-        for f in FAMILIES
+        pytest.param(n, f, marks=[] if f in default[n] else [pytest.mark.slow]) for n in base.names() for f in FAMILIES
     ]
 
 
