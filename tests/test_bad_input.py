@@ -213,7 +213,7 @@ CASES = [
     Case("rules: not TOML", "quantize m --rules r.toml --out out", ("r.toml", "TOML"), write("r.toml", "[[rule\n")),
     Case("rules: no file", "quantize m --rules none.toml --out out", ("none.toml", "No such file")),
     Case("unknown solver", f"{QUANTIZE} --solver gptqq", ("'gptqq'", "rtn")),
-    Case("unknown transform", f"{QUANTIZE} --transform quarot", ("'quarot'", "none")),
+    Case("unknown transform", f"{QUANTIZE} --transform quaro", ("'quarot'", "none")),
     Case("unknown recipe", f"{TRAIN} --recipe stee", ("'stee'", "'ste'")),
     Case("unknown export target", "export m --to gguf:Q4_9 --out out", ("'gguf:Q4_9'", "gguf:Q4_0")),
     Case("rows that a GGUF type cannot hold", "export m --to gguf:TQ2_0 --out out", ("TQ2_0", "q_proj", "256")),

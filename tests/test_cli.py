@@ -123,7 +123,7 @@ def test_a_registered_solver_is_dispatched_and_gets_its_data(here, capsys, monke
 
     seen = []
 
-    def solve(model, assignment, documents=None):
+    def solve(model, assignment, documents=None, progress=None):
         seen.append((sorted(assignment)[0], documents))
         return rtn.quantize(model.params, assignment)
 
