@@ -153,6 +153,7 @@ def measure(name: str, w: np.ndarray, x: np.ndarray, bits: int, peer: Peer | Non
     seconds, error = dict.fromkeys(runs, float("inf")), {}
     for _ in range(rounds):
         for key, run in runs.items():
+            time.sleep(0.3)  # until the threads of the one before have stopped spinning
             took, w_hat = run()
             seconds[key], error[key] = min(seconds[key], took), quadratic_error(w, w_hat, h)
     if bits == 4 and w.size < 1 << 20:  # minutes on the large one
@@ -178,7 +179,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--peer-python", help="Python of an environment with gptqmodel")
     parser.add_argument("--require-peer", action="store_true", help="fail without it")
-    parser.add_argument("--quick", action="store_true", help="weights of lowbit-base alone, 2 rounds instead of 4")
+    parser.add_argument("--quick", action="store_true", help="weights of lowbit-base alone, 2 rounds instead of 5")
     parser.add_argument("--json", action="store_true", help="print one JSON object last")
     args = parser.parse_args()
     if args.require_peer and not args.peer_python:
@@ -192,7 +193,7 @@ def main() -> None:
         for name, (w, x) in problems.items():
             for bits in (4, 3):
                 key = f"{name} {w.shape[0]}x{w.shape[1]} int{bits}:g{GROUP}"
-                out[key] = r = measure(name, w, x, bits, peer, 2 if args.quick else 4)
+                out[key] = r = measure(name, w, x, bits, peer, 2 if args.quick else 5)
                 print(f"{key}: {json.dumps({k: v for k, v in r.items() if k != 'error'})}", flush=True)
         versions = {p: importlib.metadata.version(p) for p in ("jax", "jaxlib", "numpy", "qwix")}
         if peer is not None:
