@@ -30,7 +30,9 @@ PLAN = Plan.uniform("int4:g64")
 
 
 def tiny(**changes):
-    return byte_model(hidden_size=64, intermediate_size=128, head_dim=16, **changes)
+    """Square linears, which share their programs, unless changed."""
+    shape = {"hidden_size": 64, "intermediate_size": 64, "head_dim": 16, "num_kv_heads": 4}
+    return byte_model(**(shape | changes))
 
 
 def reference(m, tokens):
@@ -93,7 +95,7 @@ def test_what_is_not_finite_is_refused_by_name():
     layer = m.params["model"]["layers"]["1"]
     huge = {
         **layer,
-        "mlp": {**layer["mlp"], "up_proj": layer["mlp"]["up_proj"] * 1e30, "gate_proj": jnp.full((128, 64), 1e30)},
+        "mlp": {**layer["mlp"], "up_proj": layer["mlp"]["up_proj"] * 1e30, "gate_proj": jnp.full((64, 64), 1e30)},
     }
     m.params["model"]["layers"] = {**m.params["model"]["layers"], "1": huge}
     try:
@@ -182,7 +184,7 @@ def leaves(tree):
 @pytest.fixture
 def src(tmp_path):
     """Two layers, one linear with an online transform that stores arrays."""
-    m = tiny(dtype=jnp.bfloat16)
+    m = tiny(dtype=jnp.bfloat16, intermediate_size=128, num_kv_heads=2)
     flat = dict(trees.items(m.params))
     path, rng = "model.layers.1.mlp.down_proj", np.random.default_rng(0)
     op = online.Kronecker(*(jnp.asarray(rng.standard_normal((n, n)), jnp.float32) for n in (8, 16)))

@@ -39,7 +39,7 @@ def test_hub_id_streams(nothing_whole, tmp_path, monkeypatch, capsys):
     assert json.loads(capsys.readouterr().out)["bits_per_weight_quantized"] == 8.5
     monkeypatch.setattr("lowbit.export.api.KL_BYTES", 0)
     seen = []
-    monkeypatch.setattr("lowbit.export.api.open_sources", lambda source, *a: seen.append(source) or stop())
+    monkeypatch.setattr("lowbit.export.api.open_sources", lambda source, *a, **k: seen.append(source) or stop())
     assert main(["export", "owner/name", "--to", "gguf", "--out", str(tmp_path / "m.gguf")]) == 2
     assert seen == [tmp_path / "snapshot"]
 
