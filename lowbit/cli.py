@@ -42,6 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     except KeyboardInterrupt:
         again = " (the same command with --resume continues)" if argv[:1] in (["train"], ["run"]) else ""
+        if argv[:1] in (["quantize"], ["transform"]):
+            again = " (the same command continues)"
         print(f"lowbit: interrupted{again}", file=sys.stderr)
         return 130
     except BrokenPipeError:  # `lowbit ... | head`

@@ -34,7 +34,7 @@ class Quantize:
     """none: the network as it is; quarot, spinquant, smoothquant, flatquant or a saved one (see lowbit transform): the
     model is held in memory then, in float32."""
     calib: WordPath = None
-    """Calibration text: UTF-8, .jsonl, or a folder of them, for solvers and transforms that use data."""
+    """Calibration text: UTF-8, .jsonl, or a folder of them, for gptq, transforms and static activation formats."""
     gptq: GptqOptions = GptqOptions()
     force: Flag = False
     """Replace what is in --out."""
@@ -63,7 +63,8 @@ class Quantize:
         options = dataclasses.asdict(self.gptq) if self.solver == "gptq" else {}
         if transform is not None and transform.calibrates and documents is None:
             raise InputError(f"transform {self.transform} without --calib (allowed: a calibration text)")
-        if documents is not None and not (solver.calibrates or (transform is not None and transform.calibrates)):
+        uses = solver.calibrates or (transform is not None and transform.calibrates) or has_static(plan)
+        if documents is not None and not uses:
             note = f"solver {self.solver} and transform {self.transform} use no data; --calib {self.calib} is not used"
             print(f"lowbit: note: {note}", file=sys.stderr)
         start = time.monotonic()
@@ -108,6 +109,14 @@ class Quantize:
             "seconds": round(time.monotonic() - start, 3),
         }
         return result(data, lines(data))
+
+
+def has_static(plan: Any) -> bool:
+    """Whether a plan has static activation formats, whose range comes from calibration text."""
+    from lowbit.formats.activation import get_act
+    from lowbit.plan import INPUT, KEEP
+
+    return any(r.format != KEEP and get_act(r.format).static for r in plan.rules if r.match.endswith(INPUT))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,8 +11,9 @@ Names are `NAME[:SPAN][:key...]`, keys in any order:
 | `rR` | the range is cut to R of itself (0.1 to 1), as QuaRot's `k_clip_ratio` |
 | `wN` | the last N tokens are seen exactly (default 0) |
 
-Scales are stored in fp16, and rounded to it before codes are chosen. Of one block (one token, or G of them): `codes`
-uint8 (a dense bit stream), `scale` float16, and with `asym` `zero` uint8 (a dense bit stream).
+Scales are stored in fp16, and rounded to it before codes are chosen (beyond its range they saturate, as those of
+weights do in a traced program). Of one block (one token, or G of them): `codes` uint8 (a dense bit stream), `scale`
+float16, and with `asym` `zero` uint8 (a dense bit stream).
 
 **The rule**, the same in one shot, prefill and decoding: the query at position t sees token s quantized iff the block
 of s had ended at least N tokens ago, `(s // G + 1) * G <= t + 1 - N` (G = 1 for `token`); else exactly.

@@ -46,9 +46,10 @@ class InputStats(NamedTuple):
 
 
 def tokenize(
-    documents: Iterable[str], tokenizer: Any, rows: int, length: int, seed: int = 0
-) -> Int[np.ndarray, "rows length"]:
-    """`rows` of `length` tokens, drawn without replacement from the text cut into rows.
+    documents: Iterable[str], tokenizer: Any, rows: int, length: int, seed: int = 0, least: int | None = None
+) -> Int[np.ndarray, "_ length"]:
+    """`rows` of `length` tokens, drawn without replacement from the text cut into rows; with `least`, as many as there
+    are if at least so many.
 
     Every document starts with BOS if the tokenizer adds it and ends with EOS if there is one, as in
     `lowbit.data.rows`. Raises `InputError` for a text that is too short, and without a tokenizer.
@@ -58,12 +59,13 @@ def tokenize(
     eos = list(tokenizer.eos_ids[:1])
     flat = np.asarray([i for doc in documents if doc.strip() for i in tokenizer.encode(doc) + eos], np.int32)
     there = len(flat) // length
-    if there < rows:
+    wanted = rows if least is None else least
+    if there < wanted:
         raise InputError(
             f"calibration text has {len(flat)} tokens, {there} rows of {length} "
-            f"(needed: {rows * length} tokens for {rows} rows; a longer text, fewer rows or a smaller length)"
+            f"(needed: {wanted * length} tokens for {wanted} rows; a longer text, fewer rows or a smaller length)"
         )
-    chosen = permute(np.arange(rows), there, seed, 0)
+    chosen = permute(np.arange(min(rows, there)), there, seed, 0)
     return flat[: there * length].reshape(there, length)[chosen]
 
 

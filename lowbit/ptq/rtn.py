@@ -1,6 +1,7 @@
 """Round to nearest: every weight takes the nearest code of its format, whose parameters are fitted to it alone.
 
-No data and no error feedback; the baseline of every other solver. `quantize` works on a parameter tree in memory,
+No error feedback, and data only for the range of static activation formats; the baseline of every other solver.
+`quantize` works on a parameter tree in memory,
 `quantize_dir` goes through a Hugging Face folder block by block and resumes where it was interrupted.
 """
 
@@ -20,11 +21,16 @@ from lowbit.formats.base import Format, Latent, Params, QTensor
 from lowbit.formats.fake_quant import PreparedInput
 from lowbit.models import hf
 from lowbit.models.cache import CacheSite, attach
+from lowbit.models.config import ModelConfig
 from lowbit.models.model import Model
 from lowbit.plan import INPUT, Plan
 from lowbit.ptq.base import Solver, register
+from lowbit.ptq.calibrate import Readers, length_of, readers_of, statistics, tokenize
 from lowbit.ptq.folder import Block, quantize_folder
 from lowbit.tree import Tree
+
+ROWS = 128  # of calibration text, at most, for the range of static activation formats
+Stored = Mapping[str, Mapping[str, Any]]  # {path: arrays that the activation format of its input stores}
 
 
 def encode(fmt: Format, w_OI: Any) -> QTensor:
@@ -45,13 +51,26 @@ def _encode(fmt: Format, w: Float[Array, "O I"]) -> tuple[QTensor, Params]:
     return QTensor(fmt.pack(codes, fmt.stored(params)), fmt, w.shape, "float32"), params
 
 
-def quantize(params: Tree, assignment: Mapping[str, Any]) -> Tree:
+def quantize(params: Tree, assignment: Mapping[str, Any], stored: Stored | None = None) -> Tree:
     """`params` with each weight named in `assignment` (`Plan.resolve`) packed in its format; `path:in` entries
-    attach the activation format, caches theirs. Weights that are packed already, and paths that do not exist, raise
-    `InputError`."""
+    attach the activation format (static ones with their arrays, `stored`; see `ranges`), caches theirs. Weights that
+    are packed already, and paths that do not exist, raise `InputError`."""
     params, assignment = attach(params, assignment)
     check_paths(params, assignment)
-    return trees.map_leaves(lambda path, leaf: quantize_leaf(path, leaf, assignment), params)
+    return trees.map_leaves(lambda path, leaf: quantize_leaf(path, leaf, assignment, stored), params)
+
+
+def ranges(
+    config: ModelConfig, read: Readers, tokenizer: Any, assignment: Mapping[str, Any], documents: list[str] | None
+) -> Stored:
+    """`{path: arrays}` of the static activation formats in an assignment: what their inputs reach on `ROWS` rows of the
+    text, or on all there are, one layer at a time, with weights as they are. Empty without text or static formats."""
+    static = {site.removesuffix(INPUT): fmt for site, fmt in assignment.items() if getattr(fmt, "static", False)}
+    if not static or documents is None:
+        return {}
+    tokens = tokenize(documents, tokenizer, ROWS, length_of(config), least=1)
+    stats = statistics(config, read, tokens)
+    return {path: fmt.fit(stats[path].high_I, stats[path].low_I) for path, fmt in static.items() if path in stats}
 
 
 def check_paths(params: Tree, assignment: Mapping[str, Any]) -> None:
@@ -61,13 +80,13 @@ def check_paths(params: Tree, assignment: Mapping[str, Any]) -> None:
         raise InputError(f"format for {stray[0]!r}, which is no weight (allowed: {', '.join(sorted(paths)[:3])}, ...)")
 
 
-def quantize_leaf(path: str, leaf: Any, assignment: Mapping[str, Any]) -> Any:
+def quantize_leaf(path: str, leaf: Any, assignment: Mapping[str, Any], stored: Stored | None = None) -> Any:
     """One parameter of `quantize`; the online transform of its input stays."""
     fmt, act = assignment.get(path), assignment.get(path + INPUT)
     check_leaf(path, leaf, fmt, act)
     if fmt is not None:
         leaf = with_weight(leaf, encode(fmt, leaf.w if isinstance(leaf, PreparedInput) else leaf))
-    return leaf if act is None else with_act(leaf, act)
+    return leaf if act is None else with_act(leaf, act, (stored or {}).get(path))
 
 
 def check_leaf(path: str, leaf: Any, fmt: Any, act: Any) -> None:
@@ -106,26 +125,31 @@ def quantize_dir(
     then holds what it held before.
     """
     src = Path(src)
-    assignment = plan.resolve(hf.load_config(src).shapes()) if isinstance(plan, Plan) else dict(plan)
-    quantize_folder(src, Path(out), _Blocks(assignment), assignment, {"solver": "rtn"}, progress)
+    config = hf.load_config(src)
+    assignment = plan.resolve(config.shapes()) if isinstance(plan, Plan) else dict(plan)
+    stored = ranges(config, hf.readers(src), hf.load_tokenizer(src), assignment, documents)
+    key = {"solver": "rtn", "ranges": {p: {k: float(a) for k, a in own.items()} for p, own in stored.items()}}
+    quantize_folder(src, Path(out), _Blocks(assignment, stored), assignment, key, progress)
 
 
 class _Blocks(NamedTuple):
     """What `quantize_folder` asks of a solver: here every parameter is on its own."""
 
     assignment: Mapping[str, Any]
+    stored: Stored
 
     def solve(self, block: Block) -> Iterator[tuple[str, Any]]:
         for path, read in block.items():
             leaf = read()
-            yield path, leaf if isinstance(leaf, CacheSite) else quantize_leaf(path, leaf, self.assignment)
+            yield path, leaf if isinstance(leaf, CacheSite) else quantize_leaf(path, leaf, self.assignment, self.stored)
 
     def passed(self, block: Block) -> None:
         pass
 
 
 def _solve(model: Model, assignment: Mapping[str, Any], documents: Any = None, progress: Any = None) -> Tree:
-    return quantize(model.params, assignment)
+    stored = ranges(model.config, readers_of(model.params), model.tokenizer, assignment, documents)
+    return quantize(model.params, assignment, stored)
 
 
 register(Solver("rtn", _solve, quantize_dir))

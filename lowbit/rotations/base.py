@@ -112,11 +112,12 @@ def parts_of(name: str, keys: list[str], allowed: Sequence[str], default: Sequen
 
 
 def number_of(name: str, keys: list[str], letter: str, default: Number, low: Number, high: Number) -> Number:
-    """The value of the key `LETTERvalue`, which is removed from `keys`. Raises `InputError` out of range."""
+    """The value of the key `LETTERvalue`, which is removed from `keys`: whole if `default` is. Raises `InputError` out
+    of range."""
     for key in keys:
         if key.startswith(letter):
             try:
-                value = float(key[len(letter) :])
+                value = type(default)(key[len(letter) :])
             except ValueError:
                 continue
             if not low <= value <= high:

@@ -25,16 +25,16 @@ from jaxtyping import Array, Float
 
 from lowbit import tree as trees
 from lowbit.errors import InputError
-from lowbit.formats.fake_quant import PreparedInput
 from lowbit.linalg import hadamard
 from lowbit.linalg.online import Kronecker
+from lowbit.models.cache import CacheSite
 from lowbit.models.config import ModelConfig
 from lowbit.models.decoder import block, embed
 from lowbit.models.model import Model
 from lowbit.ptq import calibrate
 from lowbit.rotations import quarot
 from lowbit.rotations.base import Transform, no_more, number_of, register
-from lowbit.rotations.fold import State, fold_leaf
+from lowbit.rotations.fold import State, fold_tree
 from lowbit.rotations.learn import Progress, as_jax, default_assignment, dress, finite
 from lowbit.rotations.smoothquant import scales
 from lowbit.tree import Tree
@@ -145,14 +145,9 @@ def _transformed(c: ModelConfig, layer: Tree, learned: Any) -> Tree:
     prefix = "model.layers.0."  # which layer it is makes no difference to the folding
     smooth, ops = _state(c, 0, learned, jnp.exp)
     state = State("", smooth=smooth, inputs=ops)
-    flat = {prefix + p: w for p, w in trees.items(layer)}
-
-    def one(path: str, w: Any) -> Any:
-        w = fold_leaf(prefix + path, w, c, state, flat.__getitem__)
-        op = ops.get(prefix + path)
-        return w if op is None else PreparedInput(w, op=op)
-
-    return trees.map_leaves(one, layer)
+    flat = dict(trees.items(layer))
+    out = fold_tree({prefix + p: partial(flat.get, p) for p in flat if not isinstance(flat[p], CacheSite)}, c, state)
+    return trees.build(flat | {p.removeprefix(prefix): leaf for p, leaf in out.items()})
 
 
 def _trainer(c: ModelConfig, o: Options, name: str) -> Callable[..., Any]:
@@ -198,12 +193,12 @@ def _run(config: ModelConfig, layer: Tree, x_BTD: Array, index: Any) -> Float[Ar
 
 
 def _parse(name: str, keys: list[str]) -> Transform:
-    steps = int(number_of(name, keys, "steps", 150, 1, 10**6))
-    rate = float(number_of(name, keys, "lr", 5e-3, 0.0, 1.0))
-    batch = int(number_of(name, keys, "b", 4, 1, 4096))
-    rows = int(number_of(name, keys, "n", 64, 1, 10**6))
-    length = int(number_of(name, keys, "len", 0, 8, 10**6)) or None
-    seed = int(number_of(name, keys, "s", 0, 0, 2**31))
+    steps = number_of(name, keys, "steps", 150, 1, 10**6)
+    rate = number_of(name, keys, "lr", 5e-3, 0.0, 1.0)
+    batch = number_of(name, keys, "b", 4, 1, 4096)
+    rows = number_of(name, keys, "n", 64, 1, 10**6)
+    length = number_of(name, keys, "len", 0, 8, 10**6) or None
+    seed = number_of(name, keys, "s", 0, 0, 2**31 - 1)
     no_more(name, keys, ["steps150", "lr0.005", "b4", "n64", "len512", "s0"])
     options = Options(steps, rate, batch, rows, length, seed)
     return Transform(name, partial(fit, name=name, options=options), calibrates=True, learns=True)

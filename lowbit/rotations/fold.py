@@ -20,6 +20,7 @@ RMSNorm. `fold_leaf` is the same for jax arrays, which is how rotations are lear
 import dataclasses
 import re
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import jax.numpy as jnp
@@ -124,8 +125,7 @@ def fold_leaf(path: str, w: Any, config: ModelConfig, state: State, get: Callabl
 
 def fold(params: Tree, config: ModelConfig, state: State, dtype: Any = np.float32) -> tuple[Tree, ModelConfig]:
     """The folded parameters and their configuration (untied if norms are folded), ready for the forward pass: linears
-    with an online transform are `PreparedInput`s. `dtype` is that of all weights; kept as they are where nothing is
-    done to them.
+    with an online transform are `PreparedInput`s. `dtype` is that of all weights.
 
     Raises `InputError` for packed or latent weights (fold before quantizing), for weights that have an online transform
     already, and for what the architecture does not allow.
@@ -137,8 +137,13 @@ def fold(params: Tree, config: ModelConfig, state: State, dtype: Any = np.float3
     if untied:
         flat["lm_head"] = flat["model.embed_tokens"]
     new_config = dataclasses.replace(config, tied=False) if untied else config
-    if state.residual is not None and not state.norms and config.input_norm:
-        raise InputError("rotation of the residual stream with norms that keep their scales (allowed: fold them first)")
+    if state.residual is not None and config.input_norm:
+        if not state.norms:
+            raise InputError(
+                "rotation of the residual stream with norms that keep their scales (allowed: fold them first)"
+            )
+        if scaled := [path for path in state.smooth if path.endswith("norm")]:
+            raise InputError(f"rotation of the residual stream with {scaled[0]} smoothed (allowed: one of the two)")
 
     def get(path: str) -> np.ndarray:
         if not hasattr(leaf := flat[path], "ndim"):
@@ -146,12 +151,22 @@ def fold(params: Tree, config: ModelConfig, state: State, dtype: Any = np.float3
             raise InputError(f"{path} is a {kind} (allowed: float weights; transform a model before it is quantized)")
         return np.asarray(leaf).astype(np.float64)
 
+    leaves = {path: partial(get, path) for path in new_config.shapes()}
+    out = fold_tree(leaves, config, state, lambda w: jnp.asarray(w.astype(dtype)))
+    return trees.build(out | caches(flat, state)), new_config
+
+
+def fold_tree(
+    leaves: Mapping[str, Callable[[], Any]], config: ModelConfig, state: State, done: Callable[[Any], Any] = lambda w: w
+) -> dict[str, Any]:
+    """`{path: folded parameter}` of `{path: function that gives its value}`, one at a time; linears with an online
+    transform become `PreparedInput`s. `done` is applied to each weight."""
     out: dict[str, Any] = {}
-    for path in new_config.shapes():
-        w = jnp.asarray(fold_leaf(path, get(path), config, state, get).astype(dtype))
+    for path, read in leaves.items():
+        w = done(fold_leaf(path, read(), config, state, lambda other: leaves[other]()))
         op = state.inputs.get(path)
         out[path] = w if op is None else PreparedInput(w, op=op)
-    return trees.build(out | caches(flat, state)), new_config
+    return out
 
 
 def caches(flat: Mapping[str, Any], state: State) -> dict[str, CacheSite]:
@@ -179,8 +194,9 @@ def _scale(norm: Any, config: ModelConfig) -> Any:
 def _norm(path: str, w: Any, config: ModelConfig, state: State) -> Any:
     if path.endswith(("q_norm", "k_norm")):
         return w
-    if state.norms:
-        return w * 0.0 + (0.0 if config.norm_plus_one else 1.0)
+    if not state.norms and path not in state.smooth:
+        return w
+    scale = w * 0.0 + 1.0 if state.norms else _scale(w, config)
     if path in state.smooth:
-        return _scale(w, config) / state.smooth[path] - (1.0 if config.norm_plus_one else 0.0)
-    return w
+        scale = scale / state.smooth[path]
+    return scale - 1.0 if config.norm_plus_one else scale

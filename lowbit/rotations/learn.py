@@ -64,9 +64,7 @@ def batches(
     Raises `InputError` for a text with fewer rows than one batch.
     """
     length = min(length or calibrate.CONTEXT, model.config.max_position)
-    eos = len(model.tokenizer.eos_ids[:1]) if model.tokenizer is not None else 0
-    there = sum(len(model.tokenizer.encode(d)) + eos for d in documents if d.strip()) // length if documents else 0
-    rows = calibrate.tokenize(documents, model.tokenizer, max(batch, min(there, steps * batch)), length, seed)
+    rows = calibrate.tokenize(documents, model.tokenizer, steps * batch, length, seed, least=batch)
     rng = np.random.default_rng(seed)
     order = np.concatenate([rng.permutation(len(rows)) for _ in range(-(-steps * batch // len(rows)))])
     return rows[order[: steps * batch]].reshape(steps, batch, length)
@@ -106,9 +104,11 @@ class Progress:
 
 
 def _bytes(x: Any) -> bytes:
-    if isinstance(x, Model):  # the configuration and one matrix that training would have changed
-        w = np.asarray(next(iter(x.params["model"]["layers"]["0"]["self_attn"].values())))
-        return repr(x.config).encode() + w.tobytes()
+    if isinstance(x, Model):
+        h = hashlib.sha256(repr(x.config).encode())
+        for leaf in jax.tree.leaves(x.params):
+            h.update(np.ascontiguousarray(leaf).tobytes())
+        return h.digest()
     if isinstance(x, Mapping):
         return json.dumps({site: fmt.name for site, fmt in x.items()}, sort_keys=True).encode()
     return x.tobytes() if isinstance(x, np.ndarray) else repr(x).encode()

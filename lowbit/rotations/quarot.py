@@ -101,7 +101,7 @@ def naming(what: str) -> Iterator[None]:
 
 def _parse(name: str, keys: list[str]) -> Transform:
     parts, keys = parts_of(name, keys, PARTS, PARTS)
-    seed = int(number_of(name, keys, "s", 0, 0, 2**31))
+    seed = number_of(name, keys, "s", 0, 0, 2**31 - 1)
     fallback = keys.pop(0) if keys and keys[0] in ("dct", "blocks") else "refuse"
     no_more(name, keys, [*PARTS, "dct", "blocks", "s0"])
     return Transform(name, partial(fit, name=name, parts=parts, fallback=fallback, seed=seed))

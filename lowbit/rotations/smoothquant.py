@@ -86,7 +86,7 @@ def _parse(name: str, keys: list[str]) -> Transform:
     everywhere = "all" in keys
     keys = [k for k in keys if k != "all"]
     alpha = number_of(name, keys, "a", 0.5, 0.0, 1.0)
-    rows = int(number_of(name, keys, "n", 128, 1, 10**6))
+    rows = number_of(name, keys, "n", 128, 1, 10**6)
     no_more(name, keys, ["a0.5", "all", "n128"])
     return Transform(name, partial(fit, name=name, alpha=alpha, everywhere=everywhere, rows=rows), calibrates=True)
 

@@ -26,8 +26,7 @@ import optax
 from jaxtyping import Array, Float
 
 from lowbit import tree as trees
-from lowbit.errors import InputError
-from lowbit.formats.fake_quant import PreparedInput
+from lowbit.errors import InputError, unknown
 from lowbit.linalg import hadamard
 from lowbit.linalg.cayley import cayley_sgd
 from lowbit.models.config import ModelConfig
@@ -35,11 +34,12 @@ from lowbit.models.decoder import forward
 from lowbit.models.model import Model
 from lowbit.rotations import quarot
 from lowbit.rotations.base import Transform, no_more, number_of, parts_of, register
-from lowbit.rotations.fold import State, caches, check_residual, fold, fold_leaf
+from lowbit.rotations.fold import State, apply, caches, check_residual, fold, fold_tree
 from lowbit.rotations.learn import Progress, activations_only, as_jax, batches, default_assignment, dress, finite
 from lowbit.tree import Tree
 
 PARTS = ("r1", "r2", "r3", "r4")
+LOSSES = ("kl", "ce")
 SAVE_EVERY = 10
 OnStep = Callable[[int, int, float], None]
 
@@ -59,6 +59,13 @@ class Options:
     loss: str = "kl"
     fallback: str = "refuse"
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Raises `InputError` for a part or a loss that there is not."""
+        if wrong := [p for p in self.parts if p not in PARTS]:
+            raise unknown("part of spinquant", wrong[0], PARTS)
+        if self.loss not in LOSSES:
+            raise unknown("loss of spinquant", self.loss, LOSSES)
 
 
 def fit(
@@ -92,9 +99,12 @@ def learn(
     """`(state, transformed model)` after learning; with `weight_lr` the weights of the model are trained ones, so it
     is another function than `fold.apply(model, state)`.
 
-    The model is float: put the plan on it with a solver, or with `Latent`s as the next recipe's start.
+    The model is float: put the plan on it with a solver, or with `Latent`s as the next recipe's start. `progress` keeps
+    rotations only, so it cannot go together with `weight_lr` (`InputError`).
     """
     c, o = model.config, options
+    if o.weight_lr and progress is not None:
+        raise InputError(f"transform {name}: progress with weight_lr {o.weight_lr} (allowed: one of the two)")
     assignment = default_assignment(c) if assignment is None else assignment
     target = dict(assignment) if o.weights or o.weight_lr else activations_only(assignment)
     fixed, start = initial(c, name, o)
@@ -125,7 +135,7 @@ def learn(
         updates, state = optimizer.update(grads, state, trainable)
         return optax.apply_updates(trainable, updates), state, loss
 
-    kept = Progress(None if o.weight_lr else progress, name, o, model, target, tokens)
+    kept = Progress(progress, name, o, model, target, tokens)
     done = 0
     if (earlier := kept.load()) is not None:
         done, found = earlier
@@ -143,9 +153,8 @@ def learn(
             heads = {} if r2 is None else dict(enumerate(np.asarray(r2)))
             kept.save(i + 1, State("", residual=trainable["rotations"].get("r1"), heads=heads))
     learned = finished(fixed, trainable["rotations"], "r1" in o.parts)
-    after = dataclasses.replace(learned, norms=False)  # `plain` has its norms folded already
-    base = model.replace(params=trainable.get("weights", plain), config=config)
-    return learned, base.replace(params=_fold_again(base, after), meta=model.meta | {"transform": name})
+    # Folding norms again, which are one now, changes nothing.
+    return learned, apply(model.replace(params=trainable.get("weights", plain), config=config), learned)
 
 
 def initial(c: ModelConfig, name: str, o: Options) -> tuple[State, dict[str, Any]]:
@@ -179,15 +188,9 @@ def rotate(params: Tree, config: ModelConfig, fixed: State, rotations: Mapping[s
     heads = {} if r2 is None else {i: r2[i] for i in range(config.num_layers)}
     state = dataclasses.replace(fixed, residual=rotations.get("r1"), heads=heads)
     flat = dict(trees.items(params))
-
-    def one(path: str, w: Any) -> Any:
-        w = fold_leaf(path, w, config, state, flat.__getitem__)
-        op = state.inputs.get(path)
-        return w if op is None else PreparedInput(w, op=op)
-
+    leaves = {p: partial(flat.get, p) for p in config.shapes()}
     with jax.default_matmul_precision("highest"):
-        out = dict(trees.items(trees.map_leaves(one, params)))
-    return trees.build(out | caches(out, state))
+        return trees.build(fold_tree(leaves, config, state) | caches(flat, state))
 
 
 def finished(fixed: State, rotations: Mapping[str, Any], norms: bool) -> State:
@@ -204,28 +207,13 @@ def polar(r: np.ndarray) -> np.ndarray:
     return u @ vt
 
 
-def _fold_again(base: Model, state: State) -> Tree:
-    flat = dict(trees.items(base.params))
-
-    def get(path: str) -> np.ndarray:
-        return np.asarray(flat[path]).astype(np.float64)
-
-    def one(path: str, w: Any) -> Any:
-        folded = jnp.asarray(fold_leaf(path, get(path), base.config, state, get), jnp.float32)
-        op = state.inputs.get(path)
-        return folded if op is None else PreparedInput(folded, op=op)
-
-    out = dict(trees.items(trees.map_leaves(one, base.params)))
-    return trees.build(out | caches(out, state))
-
-
 def _parse(name: str, keys: list[str]) -> Transform:
     parts, keys = parts_of(name, keys, PARTS, PARTS)
-    steps = int(number_of(name, keys, "steps", 100, 1, 10**6))
-    rate = float(number_of(name, keys, "lr", 1.5, 0.0, 100.0))
-    batch = int(number_of(name, keys, "b", 8, 1, 4096))
-    length = int(number_of(name, keys, "len", 0, 8, 10**6)) or None
-    seed = int(number_of(name, keys, "s", 0, 0, 2**31))
+    steps = number_of(name, keys, "steps", 100, 1, 10**6)
+    rate = number_of(name, keys, "lr", 1.5, 0.0, 100.0)
+    batch = number_of(name, keys, "b", 8, 1, 4096)
+    length = number_of(name, keys, "len", 0, 8, 10**6) or None
+    seed = number_of(name, keys, "s", 0, 0, 2**31 - 1)
     flags = {k: k in keys for k in ("w", "ce", "dct", "blocks")}
     keys = [k for k in keys if k not in flags]
     no_more(name, keys, [*PARTS, *flags, "steps100", "lr1.5", "b8", "len512", "s0"])

@@ -85,9 +85,23 @@ def test_learned_transforms_and_gptq_take_the_calibration_text(model, capsys):
     assert load_hf("q").logits(TOKENS).shape == (40, 258)
 
 
+def test_static_w8a8_with_smoothquant(model, capsys, tmp_path):
+    """The paper's O3: scales of inputs from calibration, after the folding; by folder and in memory the same."""
+    rules = RULES.replace("int4:token:asym", "int8").replace("int4:token", "int8:tensor").replace('"int4"', '"int8"')
+    (tmp_path / "w8a8.toml").write_text(rules)
+    assert "stores its scale" in refused(capsys, "quantize m --rules w8a8.toml --out x")
+    run(capsys, "transform m --name smoothquant:n8 --calib text.txt --out smooth")
+    run(capsys, "quantize smooth --rules w8a8.toml --calib text.txt --out a")
+    run(capsys, "quantize m --transform smoothquant:n8 --rules w8a8.toml --calib text.txt --out b")
+    a, b = load_hf("a"), load_hf("b")
+    assert (np.asarray(a.logits(TOKENS)) == np.asarray(b.logits(TOKENS))).all()
+    assert 1e-6 < run(capsys, "eval a --text text.txt --against m --convention gptq-32")["kl_mean"] < 0.3  # random weights, large logits
+
+
 @pytest.mark.parametrize(
     "command, message",
     [
+        ("transform m --name spinquant:steps2.5 --out x", "unknown key of transform 'spinquant:steps2.5' 'steps2.5'"),
         ("transform m --name quaro --out x", "unknown transform 'quaro'; did you mean 'quarot'"),
         ("transform m --name spinquant --out x", "transform spinquant without --calib"),
         ("transform m --name spinquant --calib none.txt --out x", "none.txt"),

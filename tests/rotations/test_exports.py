@@ -59,6 +59,19 @@ def test_transformers_gives_the_original_logits(name: str, tmp_path):
     assert np.abs(got - want).max() <= 1e-4 * np.abs(want).max()
 
 
+@pytest.mark.parametrize("name", ["quarot", "quarot:r1"])
+@pytest.mark.parametrize("source", ["lowbit-base", "stories260K"])
+def test_pretrained_models_stay_the_same(source: str, name: str):
+    """KL to the original at most 1e-6 nats per token."""
+    path = (
+        ROOT / "lowbit/assets/lowbit-base"
+        if source == "lowbit-base"
+        else shared_path("models/stories260K/stories260K.bin")
+    )
+    model = open_model(path)
+    assert abs(kl(model.logits(ids(model)), base.transform(model, name).logits(ids(model)))) <= 1e-6
+
+
 @quiet
 @pytest.mark.llamacpp
 @pytest.mark.parametrize("name", [*MERGED, "lowbit-base", "stories260K"])

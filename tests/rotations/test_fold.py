@@ -88,6 +88,12 @@ def test_sandwich_norms_are_refused_with_what_works():
     base.transform(tiny("gemma2"), "quarot:heads+r3+r4")
     with pytest.raises(InputError, match="fold them first"):
         fold.apply(tiny(), State("x", residual=np.eye(32)))
+    smooth = {"model.layers.0.input_layernorm": np.full(32, 2.0)}
+    with pytest.raises(InputError, match="residual stream with model.layers.0.input_layernorm smoothed"):
+        fold.apply(tiny(), State("x", norms=True, residual=np.eye(32), smooth=smooth))
+    tokens = np.arange(20)[None] % 61
+    both = fold.apply(tiny(), State("x", norms=True, smooth=smooth))  # without a rotation, both may be
+    np.testing.assert_allclose(both.logits(tokens), tiny().logits(tokens), atol=2e-4)
 
 
 def test_packed_weights_are_refused_and_online_transforms_stay_through_quantization():

@@ -98,6 +98,10 @@ def test_learning_is_the_same_for_the_same_seed_and_refuses_what_cannot_be():
     assert (a == b).all()
     with pytest.raises(InputError, match=r"calibration text has \d+ tokens, \d+ rows of 16"):
         spinquant.fit(model, ["short"], options=options)
+    with pytest.raises(InputError, match="unknown loss of spinquant 'mse'"):
+        spinquant.Options(loss="mse")
+    with pytest.raises(InputError, match="progress with weight_lr"):
+        spinquant.learn(model, TEXT, options=dataclasses.replace(options, weight_lr=1e-3), progress="p.safetensors")
     with pytest.raises(InputError, match="learns nothing"):
         spinquant.fit(model, TEXT, options=dataclasses.replace(options, parts=("r3",)))
     with pytest.raises(InputError, match="allowed: spinquant:r2"):
@@ -126,6 +130,11 @@ def test_an_interrupted_fit_goes_on_to_the_same_bits(method, tmp_path):
     again = method.fit(model, TEXT, options=options, on_step=lambda i, n, v: seen.append(i), progress=path)
     assert seen == ([11, 12, 13, 14] if method is spinquant else [4, 5, 6])
     assert jax.tree.all(jax.tree.map(lambda a, b: (np.asarray(a) == np.asarray(b)).all(), parts(whole), parts(again)))
+    seen.clear()
+    other = model.replace(params=jax.tree.map(lambda a: a, model.params))
+    other.params["model"]["layers"]["1"]["mlp"]["up_proj"] *= 1.01
+    method.fit(other, TEXT, options=options, on_step=lambda *a: seen.append(a[0]), progress=path)
+    assert seen[0] == 1
     seen.clear()
     method.fit(
         model, TEXT, options=dataclasses.replace(options, seed=1), on_step=lambda *a: seen.append(a[0]), progress=path

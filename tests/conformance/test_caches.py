@@ -1,4 +1,4 @@
-"""Cache formats: names, the stored bits, and what an independent numpy says of them."""
+"""The same laws over every cache format, and what an independent numpy says of the stored bits."""
 
 import jax
 import jax.numpy as jnp
@@ -121,6 +121,47 @@ def test_constant_groups_are_no_nan(name, value):
 def test_the_gradient_is_straight_through():
     g = jax.grad(lambda x: (get_kv("int2:channel:asym").fake_quant(x) * X).sum())(jnp.asarray(X))
     np.testing.assert_array_equal(g, X)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_shape_law_and_larger_programs(name):
+    """The same bits under vmap, scan and remat and where a program goes on with the value; compiled once."""
+    fmt, x, traces = get_kv(name), jnp.asarray(X), []
+    want = np.asarray(fmt.fake_quant(x)).tobytes()
+
+    @jax.jit
+    def run(x):
+        traces.append(0)
+        _, scanned = jax.lax.scan(lambda c, row: (c, fmt.fake_quant(row[None])[0]), 0, x)
+        y = fmt.fake_quant(x * 1.0)
+        return (
+            jax.vmap(lambda row: fmt.fake_quant(row[None])[0])(x),
+            scanned,
+            jax.checkpoint(fmt.fake_quant)(x),
+            y,
+            y + x,
+        )
+
+    for got in run(x)[:4]:
+        assert np.asarray(got).tobytes() == want
+    run(x * 2)
+    assert len(traces) == 1
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_what_cannot_be_stored_shows(name, bad):
+    """Nothing can raise inside of a forward pass: NaN and infinity turn what shares their scale to something that is
+    not finite, which every evaluation refuses, and nothing else."""
+    fmt, x = get_kv(name), X[:, : fmt_tokens(name)].copy()
+    x[1, 0, 1, 5] = bad
+    y = np.asarray(jax.jit(fmt.fake_quant)(x))
+    assert not np.isfinite(y[1, 0, 1, 5])
+    assert np.isfinite(y[0]).all() and np.isfinite(y[1, :, 0]).all()
+
+
+def fmt_tokens(name: str) -> int:
+    return max(get_kv(name).tokens, 4)
 
 
 def test_the_rule():
