@@ -44,7 +44,9 @@ ROWS = (
     "quarot gptq",
     "spinquant:r1+r2:w:b4:len256 rtn",
     "spinquant:w:b4:len256 rtn",
+    "spinquant:r1+r2+r3+r4+across:w:b4:len256 rtn",
     "spinquant:b4:len256 gptq",
+    "spinquant:r1+r2+r3+r4+across:b4:len256 gptq",
     "flatquant:len256 rtn",
 )
 
@@ -62,7 +64,7 @@ class Config:
     """Cache format of keys and values; none: unquantized."""
     planted: bool = False
     """Measure a model with the same function that has outlier channels."""
-    outlier: float = 30.0
+    outlier: float = 10.0
     calibration_rows: int = 64
     """Rows of GPTQ's calibration text."""
     length: int = 256

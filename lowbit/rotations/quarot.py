@@ -53,15 +53,20 @@ def fit(
     if "heads" in parts:
         with naming(f"head dimension {c.head_dim}"):
             own = hadamard.transform(c.head_dim, fallback).dense()
-        with naming(f"{c.num_heads} heads"):
-            across = online(c.num_heads, "refuse" if fallback == "blocks" else fallback, across=True)
         heads = {i: own.T for i in layers}
-        inputs |= {f"model.layers.{i}.self_attn.o_proj": across for i in layers}
+        inputs |= across(c, fallback)
     if "r3" in parts:
         caches |= r3(c, fallback)
     if "r4" in parts:
         inputs |= r4(c, fallback)
     return State(name, "r1" in parts, residual, heads, {}, inputs, caches)
+
+
+def across(c: ModelConfig, fallback: str = "refuse") -> dict[str, Any]:
+    """`{o_proj: Hadamard across heads}`."""
+    with naming(f"{c.num_heads} heads"):
+        op = online(c.num_heads, "refuse" if fallback == "blocks" else fallback, across=True)
+    return {f"model.layers.{i}.self_attn.o_proj": op for i in range(c.num_layers)}
 
 
 def r3(c: ModelConfig, fallback: str = "refuse") -> dict[str, Any]:

@@ -5,12 +5,14 @@
 | `r1` | the residual stream, one learned `[D, D]` | folded |
 | `r2` | each value head of a layer, a learned `[Dh, Dh]` for each layer | folded |
 | `r3`, `r4` | q and k after RoPE, the input of `down_proj`: fixed Hadamard | online |
+| `across` | across heads before `o_proj`: QuaRot's fixed Hadamard, which the paper leaves out | online |
 
-`spinquant` has all four (the paper's `had`), `spinquant:r1+r2` stays without online transforms (`no_had`). R starts
-as a random Hadamard matrix; the loss is that of the network whose inputs and caches are quantized as the plan says, its
-own weights frozen and, as the paper advises where GPTQ follows, in full precision (`:w` quantizes them too). Cayley SGD
-with a cosine schedule: `:steps100`, `:lr1.5`, `:b8` rows a step. The loss is the KL divergence to the model itself;
-`:ce` takes the paper's cross entropy of the next token.
+`spinquant` has r1 to r4 (the paper's `had`), `spinquant:r1+r2` stays without online transforms (`no_had`),
+`spinquant:r1+r2+r3+r4+across` starts where QuaRot is. R starts as a random Hadamard matrix; the loss is that of the
+network whose inputs and caches are quantized as the plan says, its own weights frozen and, as the paper advises where
+GPTQ follows, in full precision (`:w` quantizes them too). Cayley SGD with a cosine schedule: `:steps100`, `:lr1.5`,
+`:b8` rows a step. The loss is the KL divergence to the model itself; `:ce` takes the paper's cross entropy of the next
+token.
 """
 
 import dataclasses
@@ -38,7 +40,7 @@ from lowbit.rotations.fold import State, apply, caches, check_residual, fold, fo
 from lowbit.rotations.learn import Progress, activations_only, as_jax, batches, default_assignment, dress, finite
 from lowbit.tree import Tree
 
-PARTS = ("r1", "r2", "r3", "r4")
+PARTS = ("r1", "r2", "r3", "r4", "across")
 LOSSES = ("kl", "ce")
 SAVE_EVERY = 10
 OnStep = Callable[[int, int, float], None]
@@ -49,7 +51,7 @@ class Options:
     """How rotations are learned. `length` of a row is the model's context by default, 2048 at most; `weights` says
     whether weights are quantized while learning, `weight_lr` trains them too (AdamW), jointly with the rotations."""
 
-    parts: tuple[str, ...] = PARTS
+    parts: tuple[str, ...] = PARTS[:4]
     steps: int = 100
     lr: float = 1.5
     batch: int = 8
@@ -172,6 +174,7 @@ def initial(c: ModelConfig, name: str, o: Options) -> tuple[State, dict[str, Any
     if not start:
         raise InputError(f"transform {name} learns nothing (allowed: with r1, r2 or both)")
     inputs = quarot.r4(c, o.fallback) if "r4" in o.parts else {}
+    inputs |= quarot.across(c, o.fallback) if "across" in o.parts else {}
     caches = quarot.r3(c, o.fallback) if "r3" in o.parts else {}
     return State(name, inputs=inputs, caches=caches), start
 
@@ -208,7 +211,7 @@ def polar(r: np.ndarray) -> np.ndarray:
 
 
 def _parse(name: str, keys: list[str]) -> Transform:
-    parts, keys = parts_of(name, keys, PARTS, PARTS)
+    parts, keys = parts_of(name, keys, PARTS, Options.parts)
     steps = number_of(name, keys, "steps", 100, 1, 10**6)
     rate = number_of(name, keys, "lr", 1.5, 0.0, 100.0)
     batch = number_of(name, keys, "b", 8, 1, 4096)
@@ -232,4 +235,4 @@ def _parse(name: str, keys: list[str]) -> Transform:
     return Transform(name, partial(fit, name=name, options=options), calibrates=True, learns=True)
 
 
-register("spinquant", _parse, ["spinquant:steps3:b2:len32", "spinquant:r1+r2:w:ce:steps3:b2:len32"])
+register("spinquant", _parse, ["spinquant:r1+r2+r3+r4+across:steps3:b2:len32", "spinquant:r1+r2:w:ce:steps3:b2:len32"])
