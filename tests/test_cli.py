@@ -226,6 +226,7 @@ def test_dry_run_of_training_writes_nothing(here, capsys):
     assert not (here / "dry").exists()
 
 
+@pytest.mark.slow
 def test_the_plan_tells_the_bytes_of_what_is_written(here, capsys):
     """A model with weights in float32 and norms in bfloat16, and a rule that keeps one linear."""
     params = trees.map_leaves(
@@ -272,6 +273,7 @@ def test_train_resume_and_use(here, capsys):
     assert len(info["starts"]) == 2 and "--resume" in info["starts"][1]["command"]
 
 
+@pytest.mark.slow
 def test_activation_formats_from_training_to_export(here, capsys):
     """Inputs rounded in training are rounded in evaluation, by the packed export too; GGUF refuses unless told to."""
     rules = '[[rule]]\nmatch = ".*proj"\nformat = "int4:g8"\n[[rule]]\nmatch = ".*proj:in"\nformat = "int4:token"\n'
@@ -296,6 +298,7 @@ def test_activation_formats_from_training_to_export(here, capsys):
     assert with_inputs != without
 
 
+@pytest.mark.slow
 def test_held_out_loss_at_each_save_and_the_best_checkpoint(here, capsys):
     """At this learning rate the loss of the text rises, so that the first checkpoint stays the best."""
     argv = [*TRAIN, *"--steps 4 --save-every 1 --keep 1 --lr 0.3 --eval-text text.txt --out heldout".split()]
@@ -309,6 +312,7 @@ def test_held_out_loss_at_each_save_and_the_best_checkpoint(here, capsys):
     assert last["nats_per_token"] == pytest.approx(seen[4], rel=1e-5)  # of the packed weights
 
 
+@pytest.mark.slow
 def test_parameters_that_the_mesh_could_not_split_are_reported(here, capsys, monkeypatch):
     from lowbit.train import loop
 

@@ -111,6 +111,7 @@ def test_refusals(here, capsys, options, message):
         assert message in refused(capsys, *command, *options)
 
 
+@pytest.mark.slow
 def test_real_model_loses_more_with_fewer_bits_and_less_with_a_window():
     """stories260K, heads of 8 values, on a text it knows: bits, rotation and window in the order of the papers."""
     model = open_model(shared_path("data/models/stories260K/stories260K.bin"))

@@ -10,8 +10,8 @@ import pytest
 from lowbit.errors import InputError
 from lowbit.evaluate.kld_file import KldFile, evaluate_against_kld, quantize_logits, write_kld
 from lowbit.evaluate.perplexity import evaluate, windows_of
-from lowbit.models.decoder import forward
 from tests.evaluate import tiny
+from tests.models.tiny import forward
 
 
 @pytest.fixture(scope="module")

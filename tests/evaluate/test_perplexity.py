@@ -10,8 +10,8 @@ import pytest
 from lowbit.errors import InputError
 from lowbit.evaluate import perplexity
 from lowbit.evaluate.perplexity import evaluate, windows_of
-from lowbit.models.decoder import forward
 from tests.evaluate import tiny
+from tests.models.tiny import forward
 from tests.shared import shared_path
 
 KEYS = {

@@ -60,6 +60,7 @@ def test_procrustes_and_orthogonality_after_100_steps(exact: int, momentum: floa
     assert np.linalg.det(np.asarray(r["r"], np.float64)) == pytest.approx(1.0, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_without_reorthonormalization_it_drifts_little():
     tx = cayley.cayley_sgd(1.5, orthonormalize=10**6)
     r = jnp.asarray(randomized(16, jax.random.key(0)), jnp.float32)

@@ -9,8 +9,7 @@ from lowbit import tree as trees
 from lowbit.errors import InputError
 from lowbit.models import decoder
 from lowbit.models.cache import init_cache
-from lowbit.models.decoder import forward, hidden_states
-from tests.models.tiny import CONFIGS, LLAMA, params_of, quantized, tiny
+from tests.models.tiny import CONFIGS, LLAMA, forward, hidden_states, params_of, quantized, tiny
 
 TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 61, (2, 14)), jnp.int32)
 MIXED = {"model.layers.1.mlp.up_proj": "int4:g16"}
@@ -22,11 +21,12 @@ def loss(params, config, **options):
 
 
 @pytest.mark.parametrize("policy", ["full", "dots"])
-@pytest.mark.parametrize("name", ["gemma3", "mixed"])
+@pytest.mark.parametrize("name", [pytest.param("gemma3", marks=pytest.mark.slow), "mixed"])
 def test_remat_gives_the_same_gradients(policy, name):
     model = quantized(tiny(), MIXED, latent=True) if name == "mixed" else tiny(name)
-    want, wanted = jax.value_and_grad(loss)(model.params, model.config)
-    got, grads = jax.value_and_grad(loss)(model.params, model.config, remat=policy)
+    gradients = jax.jit(jax.value_and_grad(loss), static_argnums=1, static_argnames="remat")
+    want, wanted = gradients(model.params, model.config)
+    got, grads = gradients(model.params, model.config, remat=policy)
     assert got == pytest.approx(float(want), abs=1e-6)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6, rtol=1e-4), grads, wanted)
 
@@ -73,7 +73,7 @@ def test_scan_equals_unrolled(name):
     np.testing.assert_allclose(scanned, unrolled, atol=2e-5)
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma3"])
+@pytest.mark.parametrize("name", ["llama", pytest.param("gemma3", marks=pytest.mark.slow)])
 def test_segments_are_separate_documents(name):
     model = tiny(name)
     segments = jnp.asarray([[0] * 6 + [1] * 8] * 2, jnp.int32)

@@ -36,7 +36,7 @@ def naive(model, prompt, n):
     return ids[len(prompt) :]
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma3"])
+@pytest.mark.parametrize("name", ["llama", pytest.param("gemma3", marks=pytest.mark.slow)])
 def test_ragged_batch_equals_one_by_one_equals_no_cache(name):
     model = tiny(name)
     together = g.generate(model, PROMPTS, 10, stop_at_eos=False)

@@ -44,6 +44,7 @@ def test_published_loss(path, expected):
     assert nats_per_token(load_llama2c(shared_path(path)), 60) == pytest.approx(expected, abs=6e-4)
 
 
+@pytest.mark.slow
 def test_q8_is_the_float_model_rounded():
     full = load_llama2c(shared_path(f"{STORIES}/stories260K.bin"))
     q8 = load_llama2c(shared_path(f"{STORIES}/stories260K-q8.bin"))

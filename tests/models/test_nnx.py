@@ -9,10 +9,9 @@ from lowbit import tree as trees
 from lowbit.errors import InputError
 from lowbit.formats import base
 from lowbit.formats.base import QTensor
-from lowbit.models.decoder import forward
 from lowbit.models.nnx import assign, dequantize, fake_quantize, from_nnx, quantize, to_nnx
 from lowbit.plan import Plan, Rule
-from tests.models.tiny import quantized, tiny
+from tests.models.tiny import forward, quantized, tiny
 
 TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 61, (2, 12)), jnp.int32)
 PACKED = {"model.layers.1.mlp.up_proj": "int4:g16"}
@@ -41,10 +40,11 @@ def loss(logits):
     return -jax.nn.log_softmax(logits[:, :-1])[..., 3].mean()
 
 
+@pytest.mark.slow
 def test_gradients_are_those_of_the_function():
     model = tiny("llama-biases")
-    grads = nnx.grad(lambda m: loss(m(TOKENS)))(to_nnx(model))
-    want = jax.grad(lambda p: loss(forward(p, TOKENS, model.config)))(model.params)
+    grads = nnx.jit(nnx.grad(lambda m: loss(m(TOKENS))))(to_nnx(model))
+    want = jax.jit(jax.grad(lambda p: loss(forward(p, TOKENS, model.config))))(model.params)
     for path, leaf in trees.items(want):
         np.testing.assert_allclose(grads["flat"][path].get_value(), leaf, atol=1e-6)
 

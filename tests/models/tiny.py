@@ -5,13 +5,18 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from lowbit import tree as trees
 from lowbit.formats import base as formats
 from lowbit.formats.base import Latent
+from lowbit.models import decoder
 from lowbit.models.config import ModelConfig, RopeScaling
-from lowbit.models.decoder import init_params
 from lowbit.models.model import Model
+
+# Compiled whole: one program, where each operation by itself is another one to compile.
+forward = jax.jit(decoder.forward, static_argnames=("config", "remat", "dtype"))
+hidden_states = jax.jit(decoder.hidden_states, static_argnames=("config", "remat", "scan", "dtype"))
 
 LLAMA = ModelConfig("llama", 61, 32, 48, 3, 4, 2, 8, 64, bos_token_id=1, eos_token_ids=(2,))
 GEMMA = dict(
@@ -50,14 +55,14 @@ CONFIGS = {
 
 def params_of(config: ModelConfig, seed: int = 0, dtype=jnp.float32) -> trees.Tree:
     """Random weights large enough that a mistake anywhere shows in the logits."""
-    params = init_params(config, jax.random.key(seed))
 
-    def shake(path: str, a: jax.Array) -> jax.Array:
-        key = jax.random.fold_in(jax.random.key(seed + 1), sum(path.encode()))
-        std = 0.3 if a.ndim == 1 else 1.0 if "embed" in path or "lm_head" in path else 2.0 * a.shape[1] ** -0.5
-        return (a + std * jax.random.normal(key, a.shape)).astype(dtype)
+    def draw(path: str, shape: tuple[int, ...]) -> jax.Array:
+        rng = np.random.default_rng([seed, *path.encode()])  # numpy's: nothing to compile
+        std = 0.3 if len(shape) == 1 else 1.0 if "embed" in path or "lm_head" in path else 2.0 * shape[1] ** -0.5
+        mean = float(path.endswith("norm") and not config.norm_plus_one)
+        return jnp.asarray((mean + std * rng.standard_normal(shape)).astype(dtype))
 
-    return trees.map_leaves(shake, params)
+    return trees.build({path: draw(path, shape) for path, shape in config.shapes().items()})
 
 
 def tiny(name: str = "llama", dtype=jnp.float32, **changes) -> Model:

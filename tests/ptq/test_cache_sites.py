@@ -41,7 +41,7 @@ def source() -> Model:
     return model
 
 
-@pytest.mark.parametrize("solver", ["rtn", "gptq"])
+@pytest.mark.parametrize("solver", ["rtn", pytest.param("gptq", marks=pytest.mark.slow)])
 def test_caches_come_through(solver, tmp_path):
     model, s = source(), base.get(solver)
     save_hf(model, tmp_path / "src", dtype=None, packed=True)

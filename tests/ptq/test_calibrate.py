@@ -127,6 +127,7 @@ def test_a_layer_is_solved_through_what_is_quantized(monkeypatch):
         np.testing.assert_allclose(h, 2 / len(x) * x.T @ x, rtol=1e-3, atol=1e-4 * np.abs(h).max(), err_msg=path)
 
 
+@pytest.mark.slow
 def test_linears_that_see_the_same_share_a_hessian(monkeypatch):
     m, calls = tiny(num_layers=1), []
     hessians = Stream.hessians
@@ -146,6 +147,7 @@ def test_linears_that_see_the_same_share_a_hessian(monkeypatch):
     assert isinstance(leaf.w, QTensor) and leaf.op == online.get("hadamard:64")
 
 
+@pytest.mark.slow
 def test_inputs_and_what_lies_outside(capsys):
     m = tiny()
     rules = (
@@ -242,6 +244,7 @@ def test_rtn_keeps_online_transforms(src, tmp_path):
     same({path: after[path]}, {path: before[path]})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("solver", ["rtn", "gptq"])
 def test_caches_come_along(solver, src, tmp_path):
     """Cache formats of a plan, in memory and in folders, through an interruption."""

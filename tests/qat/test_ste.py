@@ -29,8 +29,8 @@ PLANS["mixed"] = MIXED
 @pytest.mark.parametrize(
     "recipe, plan, dtype",
     [
-        ("ste", "int3:g16:asym", "float32"),
-        ("ste", "ternary:tensor", "float32"),
+        pytest.param("ste", "int3:g16:asym", "float32", marks=pytest.mark.slow),
+        pytest.param("ste", "ternary:tensor", "float32", marks=pytest.mark.slow),
         ("ste", "mixed", "bfloat16"),
         ("ste-learned", "mixed", "float32"),
     ],
@@ -69,7 +69,7 @@ def test_learned_scales_get_a_gradient_and_dynamic_ones_reach_the_weight():
     tokens = jnp.asarray(rows()(0)["tokens"])
     for name in ("ste", "ste-learned"):
         latent = qat.get(name).prepare(params(), assignment)
-        grads = jax.grad(lambda p: jnp.mean(jnp.square(forward(p, tokens, CONFIG))))(latent)
+        grads = jax.jit(jax.grad(lambda p: jnp.mean(jnp.square(forward(p, tokens, CONFIG)))))(latent)
         q = grads["model"]["layers"]["1"]["mlp"]["up_proj"]
         assert float(jnp.mean(q.w != 0)) > 0.5
         assert (float(jnp.abs(q.params["scale"]).max()) > 0) if name == "ste-learned" else q.params == {}

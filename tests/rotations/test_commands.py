@@ -79,6 +79,7 @@ def test_quantize_with_a_transform_is_the_transform_and_then_quantize(model, cap
     assert run(capsys, "generate b --tokens 4 --prompt The")["token_ids"]
 
 
+@pytest.mark.slow
 def test_learned_transforms_and_gptq_take_the_calibration_text(model, capsys):
     flags = "--calib text.txt --gptq.rows 8 --gptq.length 32 --transform smoothquant:n8"
     run(capsys, f"quantize m {flags} --solver gptq --rules rules.toml --out q")

@@ -63,6 +63,7 @@ def test_smoothquant_scales_are_the_papers():
     assert (o[:, 0] == o[:, 1]).all()
 
 
+@pytest.mark.slow
 def test_every_transform_helps_a_model_with_outliers():
     fp = with_outliers(small())
     plain = error(fp, fp)
@@ -110,7 +111,7 @@ def test_learning_is_the_same_for_the_same_seed_and_refuses_what_cannot_be():
         base.transform(small("bit"), "smoothquant", TEXT)
 
 
-@pytest.mark.parametrize("method", [spinquant, flatquant])
+@pytest.mark.parametrize("method", [spinquant, pytest.param(flatquant, marks=pytest.mark.slow)])
 def test_an_interrupted_fit_goes_on_to_the_same_bits(method, tmp_path):
     """Stopped behind what it keeps (ten steps; one layer), and started again: other arguments start anew."""
     model = small("llama", 2)

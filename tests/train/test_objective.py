@@ -9,9 +9,9 @@ import pytest
 from models import CONFIG, params, rows
 
 from lowbit.errors import InputError
-from lowbit.models.decoder import forward
 from lowbit.train import objective
 from lowbit.train.config import TrainConfig
+from tests.models.tiny import forward
 
 BASE = TrainConfig(batch_size=4)
 
@@ -49,7 +49,7 @@ def test_split_masks_document_borders_and_padding():
     assert segments.tolist() == [[0, 0, 1]] and mask.tolist() == [[True, False, False]]
 
 
-@pytest.mark.parametrize("loss", ["ce", "mixed"])
+@pytest.mark.parametrize("loss", [pytest.param("ce", marks=pytest.mark.slow), "mixed"])
 def test_language_is_the_masked_sum_whatever_the_chunk(loss):
     student, teacher = params(0), params(1)
     batch = {k: jnp.asarray(v) for k, v in rows(2, 10, segments=True)(3).items()}
@@ -73,6 +73,7 @@ def test_language_is_the_masked_sum_whatever_the_chunk(loss):
         np.testing.assert_allclose(a, b, atol=1e-4 * float(jnp.abs(b).max()))
 
 
+@pytest.mark.slow
 def test_chunks_never_hold_all_logits():
     big = dataclasses.replace(CONFIG, vocab_size=4096, tied=True)
     shapes = {p: jax.ShapeDtypeStruct(s, jnp.float32) for p, s in big.shapes().items()}

@@ -69,6 +69,7 @@ def runs(tmp_path_factory):
     return out
 
 
+@pytest.mark.slow
 def test_first_step_agrees(runs):
     assert runs[8]["q_proj"] == ["tensor", "fsdp"] and runs[8]["whole"] == []  # it really was split
     assert runs[8]["loss"] == pytest.approx(runs[1]["loss"], rel=1e-5)
@@ -77,17 +78,20 @@ def test_first_step_agrees(runs):
         np.testing.assert_allclose(runs[8]["grads"][name], g, atol=1e-5, err_msg=name)
 
 
+@pytest.mark.slow
 def test_twenty_quantized_steps_agree(runs):
     assert len(runs[8]["curve"]) == 20
     np.testing.assert_allclose(runs[8]["curve"], runs[1]["curve"], rtol=1e-3)
     assert runs[1]["curve"][-1] < 0.9 * runs[1]["curve"][0]
 
 
+@pytest.mark.slow
 def test_checkpoint_of_eight_devices_resumes_on_one(runs):
     assert runs[1]["moved"] == [21]
     assert 0 < runs[1]["drift"] < 0.01  # one step of 1e-3 beyond the run that never left its device
 
 
+@pytest.mark.slow
 def test_estimate_counts_bytes_per_device(runs):
     from models import CONFIG
 
