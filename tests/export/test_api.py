@@ -44,7 +44,7 @@ def test_bf16_packed_weights_compare_before_the_cast(tmp_path):
     assert export(m, "gguf:Q4_0", tmp_path / "m.gguf")["kl_mean"] == 0.0
 
 
-@pytest.mark.parametrize("name", ["gemma2", "qwen3"])
+@pytest.mark.parametrize("name", [pytest.param("gemma2", marks=pytest.mark.slow), "qwen3"])
 def test_other_families(name, tmp_path):
     m = packed(byte_model(name), "tq2_0")
     assert export(m, "gguf:TQ2_0", tmp_path / "m.gguf")["weights"] == m.config.num_params

@@ -75,7 +75,7 @@ RAGGED = [(5, 9, 12), (1, 1, 1), (6, 0, 12), (1, 1, 1), (2, 11, 12), (7, 0, 12),
 
 
 slow = pytest.mark.slow
-CASES = [pytest.param("llama", 2, FORMATS[2], marks=slow), ("mistral", 3, FORMATS[1])]
+CASES = [pytest.param("llama", 2, FORMATS[2], marks=slow), pytest.param("mistral", 3, FORMATS[1], marks=slow)]
 CASES += [pytest.param("llama", 1, f, marks=() if i in (3, 5) else slow) for i, f in enumerate(FORMATS)]
 CASES += [pytest.param("gemma3", 3, FORMATS[2], marks=slow), pytest.param("llama", 7, FORMATS[1], marks=slow)]
 

@@ -20,7 +20,7 @@ def loss(params, config, **options):
     return -jnp.take_along_axis(jax.nn.log_softmax(logits[:, :-1]), TOKENS[:, 1:, None], -1).mean()
 
 
-@pytest.mark.parametrize("policy", ["full", "dots"])
+@pytest.mark.parametrize("policy", ["full", pytest.param("dots", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", [pytest.param("gemma3", marks=pytest.mark.slow), "mixed"])
 def test_remat_gives_the_same_gradients(policy, name):
     model = quantized(tiny(), MIXED, latent=True) if name == "mixed" else tiny(name)

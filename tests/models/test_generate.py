@@ -12,7 +12,11 @@ from tests.models.tiny import CONFIGS, quantized, tiny
 PROMPTS = [[1, 5, 9, 33, 20], [1], [1, 7, 60, 3, 12, 44, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20]]
 
 
-@pytest.mark.parametrize("name, scan", [(n, False) for n in CONFIGS] + [("llama", True), ("gemma3", True)])
+CASES = [("llama", False), ("mistral", False), ("gemma3", False), ("llama", True), ("gemma3", True)]
+CASES += [pytest.param(n, False, marks=pytest.mark.slow) for n in CONFIGS if (n, False) not in CASES]
+
+
+@pytest.mark.parametrize("name, scan", CASES)
 def test_cached_logits_equal_the_full_forward(name, scan):
     model = tiny(name)
     x = jnp.asarray(np.random.default_rng(0).integers(0, 61, (2, 20)), jnp.int32)

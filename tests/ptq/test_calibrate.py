@@ -220,6 +220,7 @@ def test_folder_equals_memory_and_resumes(src, tmp_path):
     assert (tmp_path / "again/config.json").read_text() == (tmp_path / "out/config.json").read_text()
 
 
+@pytest.mark.slow
 def test_other_options_or_text_start_anew(src, tmp_path):
     with pytest.raises(Interrupted):
         gptq.quantize_dir(src, PLAN, tmp_path / "out", interrupt_at(2), TEXT, **SMALL)
@@ -231,6 +232,7 @@ def test_other_options_or_text_start_anew(src, tmp_path):
         assert now.name != first.name
 
 
+@pytest.mark.slow
 def test_rtn_keeps_online_transforms(src, tmp_path):
     """A folder whose linears are transformed online, rounded to nearest; then once more: its packed weights stay."""
     rtn.quantize_dir(src, Plan((Rule(r".*\.0\..*", "int8"),), "int4:g32"), tmp_path / "a")

@@ -65,6 +65,7 @@ def test_what_folds_is_plain_and_what_does_not_is_packed(model, capsys):
     assert (np.asarray(load_hf("again").logits(TOKENS)) == np.asarray(load_hf("online").logits(TOKENS))).all()
 
 
+@pytest.mark.slow
 def test_quantize_with_a_transform_is_the_transform_and_then_quantize(model, capsys):
     """Inputs, weights and caches by rules; a transformed folder goes block by block, to the same bits."""
     run(capsys, "transform m --name quarot --out rotated")

@@ -164,6 +164,7 @@ def test_weights_learned_with_the_rotations_do_better_than_rotations_alone():
     assert error_of[3e-3] < 0.9 * error_of[0.0]
 
 
+@pytest.mark.slow
 def test_flatquant_makes_invertible_products_for_each_group():
     model = small("qwen2", 2)
     losses: list[float] = []
