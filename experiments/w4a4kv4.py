@@ -16,6 +16,7 @@ import json
 import re
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -99,7 +100,7 @@ def run(config: Config, run: Run) -> None:
     hidden = ("types", "convention", "tokens", "windows", "perplexity_stderr", "kl_mean_stderr")
     shown = [{k: v for k, v in row.items() if k not in hidden} for row in table]
     what = f"{config.weights} weights, {config.inputs} inputs, {config.kv} cache"
-    title = f"{config.model}{' with planted outliers' if config.planted else ''}: {what}"
+    title = f"{Path(config.model).name}{' with planted outliers' if config.planted else ''}: {what}"
     paths = report.write_report(shown, run.path("report"), title, f"{table[0]['tokens']} held-out tokens.")
     run.summary(rows=table, report=str(paths["report.html"]))
     print(report.text_table(shown), flush=True)

@@ -159,7 +159,8 @@ def test_weights_learned_with_the_rotations_do_better_than_rotations_alone():
         if not rate:
             again = apply(model, state)
             for (p, x), (_, y) in zip(trees.items(done.params), trees.items(again.params)):
-                np.testing.assert_allclose(*(jax.tree.leaves(t)[0] for t in (x, y)), rtol=1e-4, atol=1e-5, err_msg=p)
+                for u, v in zip(jax.tree.leaves(x), jax.tree.leaves(y), strict=True):
+                    np.testing.assert_allclose(u, v, rtol=1e-4, atol=1e-5, err_msg=p)
         error_of[rate] = error(done, model)
     assert error_of[3e-3] < 0.9 * error_of[0.0]
 
