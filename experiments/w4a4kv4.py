@@ -7,7 +7,7 @@ Paper: QuaRot (arXiv 2404.00456), SpinQuant (2405.16406), SmoothQuant (2211.1043
     principal axes, a few channels of `down_proj`'s input times `--outlier`.
 Command: lowbit run experiments/w4a4kv4.py
 Device: 2 CPU cores
-Expected time: 30 minutes, most of it learning
+Expected time: 60 minutes, most of it learning (11 for stories260K)
 Expected numbers: KL 0.114 of RTN, 0.052 of QuaRot, 0.041 of QuaRot with GPTQ on lowbit-base (docs/rotations.md has all)
 """
 
@@ -25,6 +25,7 @@ import numpy as np
 
 from lowbit.errors import InputError
 from lowbit.evaluate.perplexity import evaluate
+from lowbit.evaluate.size import sizes
 from lowbit.experiment import report
 from lowbit.experiment.run import Run, write_json
 from lowbit.experiment.texts import Data, first_tokens, read_documents, split
@@ -94,6 +95,7 @@ def run(config: Config, run: Run) -> None:
             seconds = time.monotonic() - began
             scores = evaluate(quantized, text, fp, config.data.convention)
             row = {"name": f"{transform} + {solver}", "method": transform.split(":")[0], **scores}
+            row["file_bytes"] = sizes(quantized.params)["stored_bytes"]  # nothing is written: what a folder would hold
             write_json(saved, row | {"kl_transform": same, "seconds": round(seconds, 1)})
             print(f"{row['name']}: KL {scores['kl_mean']:.4g} in {seconds:.0f} s", file=sys.stderr, flush=True)
         table.append(json.loads(saved.read_text()))
