@@ -66,7 +66,7 @@ def test_pretrained_models_stay_the_same(source: str, name: str):
     path = (
         ROOT / "lowbit/assets/lowbit-base"
         if source == "lowbit-base"
-        else shared_path("models/stories260K/stories260K.bin")
+        else shared_path("data/models/stories260K/stories260K.bin")
     )
     model = open_model(path)
     assert abs(kl(model.logits(ids(model)), base.transform(model, name).logits(ids(model)))) <= 1e-6
@@ -78,7 +78,7 @@ def test_pretrained_models_stay_the_same(source: str, name: str):
 def test_llamacpp_gives_the_original_logits(name: str, tmp_path):
     llama_cpp = pytest.importorskip("llama_cpp")
     if name == "stories260K":
-        model = open_model(shared_path("models/stories260K/stories260K.bin"))
+        model = open_model(shared_path("data/models/stories260K/stories260K.bin"))
     else:
         model = load_hf(ROOT / "lowbit/assets/lowbit-base") if name == "lowbit-base" else byte_model(name)
     x = ids(model)
