@@ -28,6 +28,7 @@ from lowbit.rotations.base import Transform, no_more, number_of, parts_of, regis
 from lowbit.rotations.fold import State, check_residual
 
 PARTS = ("r1", "heads", "r3", "r4")
+FALLBACKS = ("dct", "blocks")
 OFFER = "; allowed: quarot:heads+r3+r4"
 
 
@@ -104,11 +105,19 @@ def naming(what: str) -> Iterator[None]:
         raise InputError(f"{what}: {e}") from e
 
 
+def fallback_of(name: str, keys: list[str]) -> tuple[str, list[str]]:
+    """What a name decides about lengths without a Hadamard matrix, and its other keys. Raises `InputError` for both."""
+    found = [k for k in keys if k in FALLBACKS]
+    if len(found) > 1:
+        raise InputError(f"transform {name!r} with {' and '.join(found)} (allowed: one of {', '.join(FALLBACKS)})")
+    return found[0] if found else "refuse", [k for k in keys if k not in FALLBACKS]
+
+
 def _parse(name: str, keys: list[str]) -> Transform:
     parts, keys = parts_of(name, keys, PARTS, PARTS)
     seed = number_of(name, keys, "s", 0, 0, 2**31 - 1)
-    fallback = keys.pop(0) if keys and keys[0] in ("dct", "blocks") else "refuse"
-    no_more(name, keys, [*PARTS, "dct", "blocks", "s0"])
+    fallback, keys = fallback_of(name, keys)
+    no_more(name, keys, [*PARTS, *FALLBACKS, "s0"])
     return Transform(name, partial(fit, name=name, parts=parts, fallback=fallback, seed=seed))
 
 

@@ -217,10 +217,10 @@ def _parse(name: str, keys: list[str]) -> Transform:
     batch = number_of(name, keys, "b", 8, 1, 4096)
     length = number_of(name, keys, "len", 0, 8, 10**6) or None
     seed = number_of(name, keys, "s", 0, 0, 2**31 - 1)
-    flags = {k: k in keys for k in ("w", "ce", "dct", "blocks")}
+    fallback, keys = quarot.fallback_of(name, keys)
+    flags = {k: k in keys for k in ("w", "ce")}
     keys = [k for k in keys if k not in flags]
-    no_more(name, keys, [*PARTS, *flags, "steps100", "lr1.5", "b8", "len512", "s0"])
-    fallback = "dct" if flags["dct"] else "blocks" if flags["blocks"] else "refuse"
+    no_more(name, keys, [*PARTS, *flags, *quarot.FALLBACKS, "steps100", "lr1.5", "b8", "len512", "s0"])
     options = Options(
         parts=tuple(parts),
         steps=steps,

@@ -105,6 +105,8 @@ def test_static_w8a8_with_smoothquant(model, capsys, tmp_path):
     "command, message",
     [
         ("transform m --name spinquant:steps2.5 --out x", "unknown key of transform 'spinquant:steps2.5' 'steps2.5'"),
+        ("transform m --name quarot:dct:blocks --out x", "dct and blocks (allowed: one of dct, blocks)"),
+        ("transform m --name spinquant:blocks:dct --calib text.txt --out x", "blocks and dct (allowed: one of"),
         ("transform m --name quaro --out x", "unknown transform 'quaro'; did you mean 'quarot'"),
         ("transform m --name spinquant --out x", "transform spinquant without --calib"),
         ("transform m --name spinquant --calib none.txt --out x", "none.txt"),
