@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from battery import SHAPE, same_bits, same_tree, weights
 
+from lowbit.export import gguf_types, translate
 from lowbit.formats import base
 from lowbit.formats.activation import get_act
 from lowbit.formats.base import FormatError, Latent, QTensor
@@ -177,8 +178,6 @@ def foreign_decode(type: str, blocks: np.ndarray) -> np.ndarray:
 
 @every
 def test_ggml_blocks_decode_to_the_same_weights(name: str):
-    gguf_types = pytest.importorskip("lowbit.export.gguf_types")
-    translate = pytest.importorskip("lowbit.export.translate")
     ggml_type = name.split(":")[0].upper()
     if isinstance(base.get(name), FloatFormat):
         return
