@@ -8,7 +8,7 @@ Paper: QuaRot (arXiv 2404.00456), SpinQuant (2405.16406), SmoothQuant (2211.1043
 Command: lowbit run experiments/w4a4kv4.py
 Device: 2 CPU cores
 Expected time: 60 minutes, most of it learning (11 for stories260K)
-Expected numbers: KL 0.114 of RTN, 0.052 of QuaRot, 0.041 of QuaRot with GPTQ on lowbit-base (docs/rotations.md has all)
+Expected numbers: KL 0.114 of RTN, 0.052 of QuaRot, 0.040 of QuaRot with GPTQ on lowbit-base (docs/rotations.md has all)
 """
 
 import dataclasses
