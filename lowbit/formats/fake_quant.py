@@ -12,6 +12,7 @@ Clip policies, which say for what weights the gradient passes. `v = w / s + z` i
 | `inclusive` | `lo <= v <= hi` | ParetoQ; torch's clamp before rounding |
 | `rounded` | `lo <= rne(w / s) + z <= hi` | EfficientQAT, torchao: clamp after rounding |
 | `lsq` | `lo < v < hi`, and scale gradients times `1 / sqrt(N * hi)` | LSQ, arXiv 1902.08153 |
+| `paretoq` | `inclusive`; 0.99 of the stretched range on ternary and mid-rise grids | ParetoQ, arXiv 2502.02631 |
 | a number c (`fixedC`) | `|w| < c` | LLM-QAT, c = 2 |
 
 The scale's gradient is `code - z - w / s` where the policy passes and `code - z` where it does not, summed over the
@@ -21,6 +22,7 @@ zero use the `rounded` mask: the derivative of what the forward pass computes.
 
 import dataclasses
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -33,7 +35,7 @@ from lowbit.formats.base import FormatError
 
 Clip = str | float
 Levels = tuple[int, int] | tuple[float, float]
-CLIPS = ("none", "inclusive", "rounded", "lsq")
+CLIPS = ("none", "inclusive", "rounded", "lsq", "paretoq")
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["w", "op", "params"], meta_fields=["act"])
@@ -68,7 +70,7 @@ def inside(w: Array, ratio: Array, zero: Any, levels: Levels, clip: Clip) -> Boo
     match clip:
         case "none":
             return jnp.ones(w.shape, bool)
-        case "inclusive":
+        case "inclusive" | "paretoq" | "paretoq-compat":
             return (ratio + zero >= lo) & (ratio + zero <= hi)
         case "rounded":
             code = jnp.round(ratio) + zero
@@ -88,15 +90,25 @@ def uniform_gradients(
     clip: Clip,
     g: Float[Array, "..."],
     offset: Any = 0.0,
+    level: Array | None = None,
+    within: Callable[..., Array] = inside,
+    end: float = 1.0,
 ) -> tuple[Array, Array, Array]:
     """Per element, for `w_hat = (code - z) * s + offset` with `code = clip(rne((w - offset) / s) + z, lo, hi)`: the
     cotangents of w and of s, and the cotangent `out` that the saturated elements pass (0 inside): the offset's own, and
-    times `-s` the zero point's."""
+    times `-s` the zero point's.
+
+    A grid of another kind gives its own `level` (`code - z`) and its own `within`, called as `inside` is. The scale's
+    cotangent of saturated elements is multiplied by `end`.
+    """
     ratio = (w - offset) / scale
-    level = jnp.clip(jnp.round(ratio) + zero, *map(float, levels)) - zero
-    passed = inside(w, ratio, zero, levels, clip if clip in ("inclusive", "lsq") else "rounded")
-    gw = g if clip == "none" else jnp.where(inside(w, ratio, zero, levels, clip), g, 0.0)
-    return gw, g * (level - jnp.where(passed, ratio, 0.0)), jnp.where(passed, 0.0, g)
+    if level is None:
+        level = jnp.clip(jnp.round(ratio) + zero, *map(float, levels)) - zero
+    passed = within(
+        w, ratio, zero, levels, clip if clip not in ("none", "rounded") and isinstance(clip, str) else "rounded"
+    )
+    gw = g if clip == "none" else jnp.where(within(w, ratio, zero, levels, clip), g, 0.0)
+    return gw, g * jnp.where(passed, level - ratio, end * level), jnp.where(passed, 0.0, g)
 
 
 # -- ops --------------------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from lowbit.errors import unknown
 from lowbit.formats.base import Affine, Format, FormatError, Params, QTensor, register, unpacked
-from lowbit.formats.fake_quant import Clip, inside, uniform_gradients
+from lowbit.formats.fake_quant import Clip, Levels, inside, uniform_gradients
 from lowbit.formats.floats import LARGEST, SMALLEST_SCALE, STORAGE, round_to
 from lowbit.formats.packing import pack, unpack
 from lowbit.formats.reduce import order_free_mean, over_last
@@ -180,7 +180,11 @@ class Uniform(Format):
         stored = self.stored(params)
         scale = spread(stored["scale"], w_OI.shape)
         zero = spread(stored["zero"], w_OI.shape) if self.has_zero else 0.0
-        gw, gs, out = uniform_gradients(w_OI, scale, zero, self.levels, self.clip, g_OI)
+        level = self.quantize(w_OI, stored).astype(jnp.float32) - zero
+        end = 1.5 if self.clip == "paretoq-compat" else 1.0
+        gw, gs, out = uniform_gradients(
+            w_OI, scale, zero, self.levels, self.clip, g_OI, level=level, within=self.within, end=end
+        )
         grads = {"scale": self.reduce(jnp.add, self._blocks(gs)) * self.grad_factor(w_OI.shape)}
         if self.has_zero:
             grads["zero"] = self.reduce(jnp.add, self._blocks(-scale * out)) * self.grad_factor(w_OI.shape)
@@ -188,11 +192,19 @@ class Uniform(Format):
 
     def passes(self, w_OI: Float[Array, "O I"], stored: Params) -> Bool[Array, "O I"]:
         scale, zero, low = (spread(stored[k], w_OI.shape) if k in stored else 0.0 for k in ("scale", "zero", "min"))
-        return inside(w_OI, (w_OI - low) / scale, zero, self.levels, self.clip)
+        return self.within(w_OI, (w_OI - low) / scale, zero, self.levels, self.clip)
+
+    def within(self, w: Array, ratio: Array, zero: Any, levels: Levels, clip: Clip) -> Bool[Array, "..."]:
+        """`fake_quant.inside` as this grid reads it."""
+        return inside(w, ratio, zero, levels, clip)
 
     def grad_factor(self, shape: tuple[int, ...]) -> float:
-        """LSQ's `g = 1 / sqrt(N * Qp)`, N the weights of the layer, under the `lsq` policy; else 1."""
-        return 1.0 / math.sqrt(shape[0] * shape[1] * self.levels[1]) if self.clip == "lsq" else 1.0
+        """LSQ's `g = 1 / sqrt(N * Qp)`, N the weights of the layer, under the `lsq` policy and `paretoq`, for which Qp
+        is 1 up to two bits; else 1."""
+        n = shape[0] * shape[1]
+        if self.clip == "lsq":
+            return 1.0 / math.sqrt(n * self.levels[1])
+        return 1.0 / math.sqrt(n * max(2 ** (self.bits - 1) - 1, 1)) if str(self.clip).startswith("paretoq") else 1.0
 
     def affine(self, q: QTensor) -> Affine:
         codes, stored = unpacked(q)
@@ -224,6 +236,10 @@ class Integer(Uniform):
     - `mse`: the default times the factor out of `SHRINK` with the least squared error in each group.
     - `signmse`: the same for `signmax`; the lowest error of all at few bits.
 
+    `midrise` has no level at 0: codes are the odd integers `-(2^N-1) .. 2^N-1`, half of a code's width is `s`, and the
+    default is `a / 2^N`, which cuts `-a..a` into equal parts. At two bits it is ParetoQ's stretched elastic grid (SEQ,
+    arXiv 2502.02631): `{-3, -1, 1, 3} a / 4`.
+
     `int1` has two levels, `+s` and `-s` (codes +1 and -1, one bit stored; sign(0) = +1) with `s = mean|w|`, the least
     squares scale for signs (XNOR-Net; BitNet's beta). `int1:asym` is the asymmetric rule at N = 1: the levels are
     `{0, s}` or `{-s, 0}`, which suits weights of one sign. Trained scales follow LSQ (arXiv 1902.08153), zero points
@@ -232,13 +248,19 @@ class Integer(Uniform):
 
     width: int = 4
     asym: bool = False
+    midrise: bool = False
     calibration: str = "absmax"
 
     @property
     def name(self) -> str:
         group = f"g{self.granularity}" if isinstance(self.granularity, int) else self.granularity
         default = _default_calibration(self.width, self.asym)
-        keys = [group] + ["asym"] * self.asym + ([] if self.calibration == default else [self.calibration])
+        keys = (
+            [group]
+            + ["asym"] * self.asym
+            + ["midrise"] * self.midrise
+            + ([] if self.calibration == default else [self.calibration])
+        )
         return ":".join([f"int{self.width}", *keys, *self._keys()])
 
     @property
@@ -251,9 +273,14 @@ class Integer(Uniform):
         return self.width == 1 and not self.asym
 
     @property
+    def odd(self) -> bool:
+        """Whether the codes are the odd integers between the levels."""
+        return self.midrise or self.signs
+
+    @property
     def levels(self) -> tuple[int, int]:
-        if self.signs:
-            return (-1, 1)
+        if self.odd:
+            return (1 - 2**self.width, 2**self.width - 1)
         return (0, 2**self.width - 1) if self.asym else (-(2 ** (self.width - 1)), 2 ** (self.width - 1) - 1)
 
     @property
@@ -280,18 +307,32 @@ class Integer(Uniform):
         if self.signed_scale:
             return {"scale": signed_max(self, w_OGK) * np.float32(-1 / half)}
         top = self.reduce(jnp.maximum, jnp.abs(w_OGK))
+        if self.midrise:
+            return {"scale": top * np.float32(1 / (2 * half))}
         return {"scale": top * np.float32(1 / (half if self.width <= 4 else half - 1))}
 
     def quantize(self, w_OI: Float[Array, "O I"], stored: Params) -> Int[Array, "O I"]:
         if self.signs:
             return jnp.where(w_OI >= 0, 1, -1).astype(jnp.int32)
-        return super().quantize(w_OI, stored)
+        if not self.midrise:
+            return super().quantize(w_OI, stored)
+        # Half to even as in ParetoQ: 0 goes to +1, 2 s to +1 and -2 s to -3.
+        code = 2 * jnp.round(0.5 * (w_OI / spread(stored["scale"], w_OI.shape)) - 0.5) + 1
+        return jnp.clip(code, *map(float, self.levels)).astype(jnp.int32)
 
     def pack_codes(self, codes_OI: Int[Array, "O I"]) -> Array:
-        return pack((codes_OI > 0).astype(jnp.int32), 1) if self.signs else super().pack_codes(codes_OI)
+        return pack((codes_OI - self.levels[0]) >> 1, self.width) if self.odd else super().pack_codes(codes_OI)
 
     def unpack_codes(self, packed: Array, shape: tuple[int, int]) -> Int[Array, "O I"]:
-        return 2 * unpack(packed, 1, shape[1]) - 1 if self.signs else super().unpack_codes(packed, shape)
+        if not self.odd:
+            return super().unpack_codes(packed, shape)
+        return 2 * unpack(packed, self.width, shape[1]) + self.levels[0]
+
+    def within(self, w: Array, ratio: Array, zero: Any, levels: Levels, clip: Clip) -> Bool[Array, "..."]:
+        if self.midrise and clip in ("rounded", "paretoq"):  # the outermost parts end one half width beyond the codes
+            end = float(2**self.width) * (0.99 if clip == "paretoq" else 1.0)
+            return inside(w, ratio, zero, (-end, end), "inclusive")
+        return super().within(w, ratio, zero, levels, clip)
 
     def vjp(self, w_OI: Float[Array, "O I"], params: Params, g_OI: Float[Array, "O I"]) -> tuple[Array, Params]:
         if not self.signs:
@@ -319,16 +360,20 @@ def signed_max(fmt: Uniform, w_OGK: Float[Array, "O G K"]) -> Float[Array, "R G"
 _KINDS = {
     "granularity": r"tensor|channel|g([1-9]\d*)",
     "zero": r"asym",
+    "rise": r"midrise",
     "calibration": r"absmax|signmax|minmax|mse|signmse|absmean",
-    "clip": r"clip|rounded|lsq|fixed(\d+(?:\.\d+)?)",
+    "clip": r"clip|rounded|lsq|paretoq|fixed(\d+(?:\.\d+)?)",
+    "compat": r"paretoq-compat",
     "storage": r"f32|fp16|bf16",
     "search": r"mse",
 }
 _SAMPLES = {
     "granularity": ["tensor", "channel", "g64"],
     "zero": ["asym"],
+    "rise": ["midrise"],
     "calibration": ["absmax", "signmax", "minmax", "mse", "signmse"],
-    "clip": ["clip", "rounded", "lsq", "fixed2"],
+    "clip": ["clip", "rounded", "lsq", "paretoq", "fixed2"],
+    "compat": ["paretoq-compat"],
     "storage": ["f32", "fp16", "bf16"],
     "search": ["mse"],
 }
@@ -349,7 +394,7 @@ def parse_keys(family: str, keys: list[str], kinds: list[str]) -> dict[str, Any]
             elif kind == "clip":
                 found[kind] = float(m[1]) if m[1] else {"clip": "inclusive"}.get(key, key)
             else:
-                found[kind] = True if kind == "zero" else key
+                found[kind] = True if kind in ("zero", "rise") else key
             break
         else:
             raise FormatError(str(unknown(f"key of {family}", key, [s for k in kinds for s in _SAMPLES[k]])))
@@ -363,24 +408,51 @@ def _default_calibration(width: int, asym: bool) -> str:
 def _parser(width: int):
     def parse(keys: list[str]) -> Format:
         family = f"int{width}"
-        found = parse_keys(family, keys, ["granularity", "zero", "calibration", "clip", "storage"])
-        asym = found.pop("zero", False)
+        found = parse_keys(family, keys, ["granularity", "zero", "rise", "calibration", "clip", "storage"])
+        asym, midrise = found.pop("zero", False), found.pop("rise", False)
+        if midrise and (asym or width == 1):
+            what = "asym" if asym else family
+            raise FormatError(f"{what} with midrise (allowed: int2 to int8 without asym; int1 is mid-rise already)")
         default = _default_calibration(width, asym)
         calibration = found.pop("calibration", default)
-        allowed = ["minmax", "mse"] if asym else [default] if width == 1 else ["absmax", "signmax", "mse", "signmse"]
+        allowed = (
+            ["minmax", "mse"]
+            if asym
+            else ["absmax", "mse"]
+            if midrise
+            else [default]
+            if width == 1
+            else ["absmax", "signmax", "mse", "signmse"]
+        )
         if calibration not in allowed:
-            which = "asymmetric " if asym else ""
+            which = "asymmetric " if asym else "mid-rise " if midrise else ""
             raise FormatError(f"calibration {calibration!r} of {which}{family} (allowed: {', '.join(allowed)})")
-        return Integer(width=width, asym=asym, calibration=calibration, **found)
+        return Integer(width=width, asym=asym, midrise=midrise, calibration=calibration, **found)
 
     return parse
 
 
 # Every two of width, granularity, zero point and calibration occur together (int1 without a zero point: absmean only).
 _EXAMPLES = {
-    1: ["int1", "int1:g64", "int1:tensor:asym", "int1:g64:asym:mse"],
-    2: ["int2", "int2:g64", "int2:g64:asym", "int2:g64:mse", "int2:g64:signmse:lsq", "int2:tensor:asym:mse"],
-    3: ["int3:g64", "int3:tensor:lsq", "int3:g64:asym:rounded", "int3:channel:asym:mse"],
+    1: ["int1", "int1:channel:paretoq", "int1:g64", "int1:tensor:asym", "int1:g64:asym:mse"],
+    2: [
+        "int2:channel:midrise",
+        "int2:g64:midrise:mse:paretoq",
+        "int2",
+        "int2:g64",
+        "int2:g64:asym",
+        "int2:g64:mse",
+        "int2:g64:signmse:lsq",
+        "int2:tensor:asym:mse",
+    ],
+    3: [
+        "int3:g64:midrise:lsq",
+        "int3:channel:paretoq",
+        "int3:g64",
+        "int3:tensor:lsq",
+        "int3:g64:asym:rounded",
+        "int3:channel:asym:mse",
+    ],
     4: [
         "int4",
         "int4:g64",

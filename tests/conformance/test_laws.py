@@ -23,16 +23,17 @@ from lowbit.formats.fake_quant import PreparedInput
 from lowbit.formats.floats import FloatFormat
 from lowbit.formats.ggml import GGML
 from lowbit.formats.integer import Integer, Uniform
+from lowbit.formats.ternary import Ternary
 from lowbit.kernels.qdot import qdot
 
 NAMES = base.names()
 W = weights()
 X = np.random.default_rng(1).standard_normal((3, SHAPE[1])).astype(np.float32)
 # Formats that add no pair of choices to the others run with `-m slow` only.
-SPARE = """f32 int2:g64 int2:g64:mse int3:g64 ternary:channel ternary:g64:lsq ternary:tensor:f32 q4_0:mse:lsq
+SPARE = """f32 int1:channel:paretoq ternary:channel:paretoq-compat int2:g64 int2:g64:mse int3:g64 ternary:channel ternary:g64:lsq ternary:tensor:f32 q4_0:mse:lsq
 q2_0:mse""".split()
 # The laws that compile large programs run over one format of each code path by default.
-MOST = """bf16 int1:g64 int2:tensor:asym:mse int3:g64:asym:rounded int4:g64 int4:g64:clip:bf16 ternary:tensor
+MOST = """bf16 int1:g64 int2:g64:midrise:mse:paretoq ternary:channel:paretoq int2:tensor:asym:mse int3:g64:asym:rounded int4:g64 int4:g64:clip:bf16 ternary:tensor
 q4_0 q4_1 tq1_0""".split()
 REST = [n for n in NAMES if n not in MOST]
 
@@ -93,6 +94,8 @@ def test_integer_examples_cover_every_pair():
         ("int2:g64:fixed0.50", "int2:g64:fixed0.5"),
         ("ternary", "ternary:tensor"),
         ("q4_0:lsq:mse", "q4_0:mse:lsq"),
+        ("int2:midrise:paretoq", "int2:channel:midrise:paretoq"),
+        ("ternary:paretoq-compat", "ternary:tensor:paretoq-compat"),
     ],
 )
 def test_other_spellings(spelled: str, canonical: str):
@@ -212,6 +215,7 @@ def test_size_law(name: str):
         ("int1:g64", 1.25),
         ("int1:g64:asym", 1 + (16 + 1) / 64),
         ("int2:g64", 2.25),
+        ("int2:channel:midrise", 2 + 16 / 512),
         ("int3:channel", 3 + 16 / 512),
         ("int4:g64", 4.25),
         ("int4:g64:asym", 4 + (16 + 4) / 64),
@@ -240,12 +244,29 @@ def published(fmt: Uniform, w: np.ndarray, stored: dict[str, np.ndarray], g: np.
     wide = {k: np.repeat(np.asarray(v, np.float64), w.shape[1] // v.shape[1], axis=1) for k, v in stored.items()}
     s, z, m = wide["scale"], wide.get("zero", 0.0), wide.get("min", 0.0)
     u = (w.astype(np.float64) - m) / s
+    n = w.size
+    paretoq = str(fmt.clip).startswith("paretoq")
+    # Qp of ParetoQ: 1, 1, 1, 3, 7 at 1, 1.58, 2, 3 and 4 bits.
+    factor = 1 / np.sqrt(n * hi) if fmt.clip == "lsq" else 1.0
+    if paretoq:
+        factor = 1 / np.sqrt(n * {3: 3, 4: 7}.get(fmt.bits, 1))
     if isinstance(fmt, Integer) and fmt.signs:
         mask = np.ones(w.shape, bool) if fmt.clip == "none" else np.abs(u) <= 1
-        return {"w": np.where(mask, g, 0), "scale": g * np.where(w >= 0, 1, -1)}
+        return {"w": np.where(mask, g, 0), "scale": factor * g * np.where(w >= 0, 1, -1)}
+    if isinstance(fmt, Integer) and fmt.midrise:
+        # In ParetoQ's terms: alpha = 2^b s, level = (rne(clip(w/alpha) 2^(b-1) - 1/2) + 1/2) / 2^(b-1).
+        top = (hi + 1) * {"paretoq": 0.99, "lsq": hi / (hi + 1), "inclusive": hi / (hi + 1)}.get(fmt.clip, 1.0)
+        mask = np.abs(u) < top if fmt.clip == "lsq" else np.abs(u) <= top
+        level = np.clip(2 * np.rint(u / 2 - 0.5) + 1, lo, hi)
+        passes = np.ones(w.shape, bool) if fmt.clip == "none" else mask
+        return {"w": np.where(passes, g, 0), "scale": factor * g * np.where(mask, level - u, level)}
+    if isinstance(fmt, Ternary) and paretoq:
+        mask, end = np.abs(u) <= 1.485, 1.5 if fmt.clip == "paretoq-compat" else 1.0
+        return {"w": np.where(mask, g, 0), "scale": factor * g * np.where(mask, np.rint(u) - u, end * np.sign(u))}
     r = np.rint(u) + z
     masks = {
         "inclusive": (u + z >= lo) & (u + z <= hi),
+        "paretoq": (u + z >= lo) & (u + z <= hi),
         "lsq": (u + z > lo) & (u + z < hi),
         "rounded": (r >= lo) & (r <= hi),
     }
@@ -253,7 +274,6 @@ def published(fmt: Uniform, w: np.ndarray, stored: dict[str, np.ndarray], g: np.
     passes = np.ones(w.shape, bool) if fmt.clip == "none" else masks.get(fmt.clip)
     if passes is None:
         passes = np.abs(w) < fmt.clip
-    factor = 1 / np.sqrt(w.size * hi) if fmt.clip == "lsq" else 1.0
     end = np.where(r > hi, hi, np.where(r < lo, lo, np.where(u + z >= hi, hi, lo))) - z  # the level of what is outside
     return {
         "w": np.where(passes, g, 0),
@@ -310,7 +330,11 @@ def test_gradient_of_floats_is_the_identity(name: str):
     assert (jax.grad(lambda w: Latent(w, {}, fmt).value().sum())(w) == 1).all() and fmt.gradient_fraction(w) == 1
 
 
-@pytest.mark.parametrize("name", ["int4:g64", "int3:tensor:lsq", "int4:g64:asym", "ternary:channel", "q4_1", "q2_0"])
+SURROGATES = """int4:g64 int3:tensor:lsq int4:g64:asym ternary:channel ternary:channel:paretoq
+int2:g64:midrise:paretoq q4_1 q2_0""".split()
+
+
+@pytest.mark.parametrize("name", SURROGATES)
 def test_scale_gradient_is_the_derivative_of_the_surrogate(name: str):
     """Straight-through replaces rne(v) by v plus a constant; its derivative by finite differences in float64."""
     fmt, w = base.get(name), W["normal"].astype(np.float64)
@@ -326,12 +350,18 @@ def test_scale_gradient_is_the_derivative_of_the_surrogate(name: str):
 
     s0, z0, m0 = parts(stored)
     u = (w - m0) / s0
-    at = u + z0 if fmt.clip == "lsq" else np.rint(u) + z0  # which branch of the clip an element is on
-    assert np.abs(u + z0 - lo).min() > 1e-6 and np.abs(u + z0 - hi).min() > 1e-6
+    # Which branch of the clip an element is on: (value to compare, its bound at either end).
+    at, low, high = (u + z0 if fmt.clip == "lsq" else np.rint(u) + z0), lo, hi
+    nearest = np.rint(u)
+    if fmt.clip == "paretoq":
+        bound = 1.485 if fmt.levels == (-1, 1) else 0.99 * (hi + 1)
+        at, low, high = u, -bound, bound
+        nearest = np.rint(u) if fmt.levels == (-1, 1) else np.clip(2 * np.rint(u / 2 - 0.5) + 1, lo, hi)
+    assert np.abs(u + z0 - low).min() > 1e-6 and np.abs(u + z0 - high).min() > 1e-6
 
     def surrogate(p) -> np.ndarray:
         s, z, m = parts(p)
-        level = np.where(at < lo, lo, np.where(at > hi, hi, (w - m) / s + (np.rint(u) - u) + z))
+        level = np.where(at < low, lo, np.where(at > high, hi, (w - m) / s + (nearest - u) + z))
         return (level - z) * s + m
 
     g = np.random.default_rng(4).standard_normal(SHAPE)
