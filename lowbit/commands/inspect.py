@@ -184,6 +184,7 @@ class Formats:
         from lowbit.formats import base
         from lowbit.formats.activation import ACTS, get_act
         from lowbit.formats.kv import KV_FORMATS, get_kv
+        from lowbit.formats.learned import LEARNED
         from lowbit.plan import encoded_bytes
 
         rows = []
@@ -191,7 +192,7 @@ class Formats:
             fmt = base.get(name)
             bits = 8 * encoded_bytes(fmt, (4096, 4096)) / 4096**2
             rows.append({"name": name, "bits_per_weight": bits, "trainable": fmt.trainable, "tile": fmt.tile})
-        acts = [{"name": name, "bits": get_act(name).bits} for name in ACTS]
+        acts = [{"name": name, "bits": get_act(name).bits} for name in (*ACTS, *LEARNED)]
         caches = [{"name": name, "bits": get_kv(name).bits(128)} for name in KV_FORMATS]
         width = max(len(r["name"]) for r in rows + acts + caches)
         text = "\n".join(

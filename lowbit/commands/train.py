@@ -48,7 +48,8 @@ class Train:
     rules: WordPath = None
     """TOML file of [[rule]] match, format; the first match wins."""
     recipe: str = "ste"
-    """ste: scales follow the weights; ste-learned: scales are trained."""
+    """ste: scales follow the weights; ste-learned: scales are trained; lsq, lsq+, paretoq, dorefa, pact: as published
+    (docs/qat.md)."""
     teacher: Word = None
     """MODEL whose predictions are the target of kl (default: the model itself, as it was)."""
     seq: int = 256
@@ -184,6 +185,7 @@ class Job:
     objective: Any
     documents: list[str]
     held_out: Any = None  # `Windows` of --eval-text
+    stored: Any = None  # arrays of static activation formats
 
     def held_out_loss(self, params: Any) -> float:
         """Nats per token of what would be written now, computed in float32 as lowbit eval does."""
@@ -201,7 +203,7 @@ class Job:
 
         o, start = self.options, time.monotonic()
         rows = data_rows.prepare(self.documents, self.model.tokenizer, o.seq, run.path("data"))
-        params = self.recipe.prepare(self.model.params, self.assignment)
+        params = self.recipe.prepare(self.model.params, self.assignment, stored=self.stored)
         with Progress("train", self.train.steps, self.train.log_every) as progress:
 
             def on_metrics(record: dict[str, Any]) -> None:
@@ -275,6 +277,7 @@ def prepare(
 ) -> Job:
     """Reads the models and checks everything, before the run directory exists."""
     from lowbit.evaluate.perplexity import windows_of
+    from lowbit.ptq import calibrate, rtn
     from lowbit.train import sharding
     from lowbit.train.objective import language
 
@@ -293,7 +296,9 @@ def prepare(
             raise InputError(
                 f"teacher {options.teacher} has another tokenizer than {options.model} (allowed: the same)"
             )
-    recipe.prepare(model.params, assignment)
+    # Scales of static and learned activation formats start from what their inputs reach on the training text.
+    stored = rtn.ranges(model.config, calibrate.readers_of(model.params), model.tokenizer, assignment, documents)
+    recipe.prepare(model.params, assignment, stored=stored)
     sharding.check_batch(train.batch_size, train.microbatches, sharding.make_mesh(train.mesh))
     tokens = 0
     for ids in map(model.tokenizer.encode, documents):
@@ -305,4 +310,4 @@ def prepare(
             f"text {options.text} has {number(tokens)} tokens (needed: at least {options.seq + 1}, one row of --seq)"
         )
     windows = None if held_out is None else windows_of(model, held_out, f"gptq-{options.seq}")
-    return Job(options, model, teacher, recipe, train, assignment, objective, documents, windows)
+    return Job(options, model, teacher, recipe, train, assignment, objective, documents, windows, stored)

@@ -6,6 +6,7 @@ Names are `NAME:SPAN[:key...]`, keys in any order:
 |---|---|
 | NAME | `int2` .. `int8`; `fp8` (e4m3fn) |
 | SPAN, what shares a scale | `token` (the last axis), with `gG` every G features of it; `tensor`: one stored scale |
+| | `lsq`, `pact`: one that is trained (`lowbit.formats.learned`) |
 | `asym` | an integer zero point, from the least and the largest value, 0 included (integers only) |
 | `rR` | the range is cut to R of itself (0.1 to 1), as QuaRot's `a_clip_ratio` |
 | `bitnet` | the formulas of BitNet b1.58 (int8) and a4.8 (int4); per token, without the keys above |
@@ -138,26 +139,38 @@ class ActFormat:
             )
         raise FormatError(f"{self.name}: arrays {sorted(params)} (allowed: {sorted(need)})")
 
-    def fit(self, high_I: Any, low_I: Any = None) -> dict[str, Array]:
+    def fit(self, high_I: Any, low_I: Any = None, absmean_I: Any = None) -> dict[str, Array]:
         """The stored arrays of a static format, from the largest value of each feature over calibration data and the
-        least one, float arrays of any shape; without `low_I` it is `-high_I`, so largest magnitudes alone do.
+        least one, float arrays of any shape; without `low_I` it is `-high_I`, so largest magnitudes alone do. The mean
+        magnitudes are for formats that start from them.
 
         A dynamic format stores nothing: `{}`. Raises `FormatError` on statistics that are not finite.
         """
         if not self.static:
             return {}
+        low, high = self.range_of(high_I, low_I)
+        low, high = (low, high) if self.grid.asym else (-max(-low, high), max(-low, high))
+        scale = self.grid.scale(jnp.float32(low), jnp.float32(high))
+        return {"scale": scale} | ({"zero": self.grid.zero(jnp.float32(low), scale)} if self.grid.asym else {})
+
+    def range_of(self, high_I: Any, low_I: Any = None) -> tuple[float, float]:
+        """The least and the largest of all features, 0 between them. Raises `FormatError` unless they are finite."""
         high_I = np.asarray(high_I, np.float32)
         low_I = -high_I if low_I is None else np.asarray(low_I, np.float32)
         low, high = min(float(low_I.min()), 0.0), max(float(high_I.max()), 0.0)
         if not (np.isfinite(low) and np.isfinite(high)):
             raise FormatError(f"{self.name}: calibration range {low} to {high} (must be finite)")
-        low, high = (low, high) if self.grid.asym else (-max(-low, high), max(-low, high))
-        scale = self.grid.scale(jnp.float32(low), jnp.float32(high))
-        return {"scale": scale} | ({"zero": self.grid.zero(jnp.float32(low), scale)} if self.grid.asym else {})
+        return low, high
 
     def gradient_fraction(self, x: Float[Array, "*batch I"], params: dict[str, Any] | None = None) -> float:
         """The declared share of the inputs whose gradient is not blocked (see `Format.gradient_fraction`)."""
-        return float(jnp.mean(_passes(self, x, params or {})))
+        return float(jnp.mean(self.passes(x, params or {})))
+
+    def passes(self, x: Float[Array, "*batch I"], params: dict[str, Any]) -> Array:
+        """Which inputs get a gradient, bool `[*batch I]`."""
+        x32 = self.grouped(x)
+        ratio, _, zero = self.ratio(x32, params)
+        return inside(x32, ratio, zero, self.grid.levels, self.clip).reshape(x.shape)
 
     def fake_quant(self, x: Float[Array, "*batch I"], params: dict[str, Any] | None = None) -> Float[Array, "*batch I"]:
         """Quantized and dequantized in float32, returned in `x`'s dtype.
@@ -174,6 +187,10 @@ class ActFormat:
             if not np.isfinite(values).all():
                 at = np.argwhere(~np.isfinite(values))[0]
                 raise FormatError(f"{self.name}: input {at.tolist()} is {values[tuple(at)]} (must be finite)")
+        return self.value(x, params)
+
+    def value(self, x: Float[Array, "*batch I"], params: dict[str, Any]) -> Float[Array, "*batch I"]:
+        """`fake_quant` without its checks."""
         return _fake_quant(self, x, params)
 
     def grouped(self, x: Array) -> Array:
@@ -203,12 +220,6 @@ def absmean(x: Float[Array, "*batch I"]) -> Float[Array, "*batch 1"]:
     return order_free_mean(tokens_OGK).reshape(*x.shape[:-1], 1)
 
 
-def _passes(act: ActFormat, x: Array, params: dict[str, Any]) -> Array:
-    x32 = act.grouped(x)
-    ratio, _, zero = act.ratio(x32, params)
-    return inside(x32, ratio, zero, act.grid.levels, act.clip).reshape(x.shape)
-
-
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _fake_quant(act: ActFormat, x: Array, params: dict[str, Any]) -> Array:
     x32 = act.grouped(x)
@@ -225,7 +236,7 @@ def _fwd(act: ActFormat, x: Array, params: dict[str, Any]):
 
 def _bwd(act: ActFormat, residuals, g: Array):
     x, params = residuals
-    gx = g if x is None else jnp.where(_passes(act, x, params), g, 0.0)
+    gx = g if x is None else jnp.where(act.passes(x, params), g, 0.0)
     return gx, jax.tree.map(jnp.zeros_like, params)
 
 
@@ -284,6 +295,10 @@ def make_grid(kind: str, name: str, family: str, keys: dict[str, str]) -> Grid:
 def get_act(name: str) -> ActFormat:
     """The activation format of a name (see the module). Raises `FormatError`."""
     kind, text = "activation format", str(name).strip().lower()
+    if re.fullmatch(r"int\d+:(lsq|pact)(:.*)?", text):
+        from lowbit.formats import learned  # it builds on this file
+
+        return learned.get(text)
     m = re.fullmatch(r"(int[2-8]|fp8):(token|tensor)((?::[^:]+)*)", text)
     if m is None:
         raise FormatError(str(unknown(kind, name, ACTS)))

@@ -153,6 +153,10 @@ class Format:
         """Parameters (scales, zero points, ...) fitted to `w`, float32."""
         raise TypeError(f"{self.name} has no init")
 
+    def fitted(self, w_OI: Float[Array, "O I"]) -> Params:
+        """`init(w)` in one compiled program."""
+        return _init(self, w_OI)
+
     def stored(self, params: Params) -> Params:
         """Parameters rounded to what is stored, still float32."""
         raise TypeError(f"{self.name} has no stored")
@@ -334,4 +338,4 @@ def names() -> list[str]:
 
 def _load_all() -> None:
     # Imported on first use: each module registers its families, and this file stays below them.
-    from lowbit.formats import floats, ggml, integer, ternary  # noqa: F401
+    from lowbit.formats import dorefa, floats, ggml, integer, ternary  # noqa: F401

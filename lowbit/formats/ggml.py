@@ -151,7 +151,7 @@ class Q4_1(Uniform):
         scale, low = (spread(stored[k], w_OI.shape) for k in ("scale", "min"))
         gw, gs, out = uniform_gradients(w_OI, scale, 0.0, self.levels, self.clip, g_OI, low)
         factor = self.grad_factor(w_OI.shape)
-        sums = {k: self.reduce(jnp.add, self._blocks(g)) * factor for k, g in (("scale", gs), ("min", out))}
+        sums = {k: self.reduce(jnp.add, self.blocks(g)) * factor for k, g in (("scale", gs), ("min", out))}
         return gw, sums
 
     def affine(self, q: QTensor) -> Affine:

@@ -88,7 +88,8 @@ class Uniform(Format):
                 f"{self.name}: weight of shape {tuple(shape)} (rows must be a multiple of {self.group(shape)} long)"
             )
 
-    def _blocks(self, w_OI: Array) -> Array:
+    def blocks(self, w_OI: Array) -> Array:
+        """`[O, I]` as `[O, G, K]`, K columns that share a scale."""
         return rearrange(w_OI, "o (g k) -> o g k", k=self.group(w_OI.shape))
 
     def reduce(self, f: Any, x_OGK: Array) -> Array:
@@ -105,7 +106,7 @@ class Uniform(Format):
     def init(self, w_OI: Float[Array, "O I"], stats: Any = None, key: Any = None) -> Params:
         """Scales fitted to `w`; `stats`, if given, are non-negative importances `[I]` of the columns, which only a
         searched (`:mse`) fit uses."""
-        params = self.fit(self._blocks(w_OI))
+        params = self.fit(self.blocks(w_OI))
         if not self.searched:
             return params
         weight = jnp.ones((), jnp.float32) if stats is None else stats / jnp.maximum(jnp.max(stats), 1e-30)
@@ -114,7 +115,7 @@ class Uniform(Format):
             scale = round_to(params["scale"] * factor, self.storage)
             stored = self.stored({**params, "scale": scale})
             error = w_OI - self.dequantize(self.quantize(w_OI, stored), stored)
-            error = self.mean(self._blocks(jnp.square(error) * weight))
+            error = self.mean(self.blocks(jnp.square(error) * weight))
             keep = error < best[0]
             return (jnp.where(keep, error, best[0]), jnp.where(keep, scale, best[1])), None
 
@@ -185,9 +186,9 @@ class Uniform(Format):
         gw, gs, out = uniform_gradients(
             w_OI, scale, zero, self.levels, self.clip, g_OI, level=level, within=self.within, end=end
         )
-        grads = {"scale": self.reduce(jnp.add, self._blocks(gs)) * self.grad_factor(w_OI.shape)}
+        grads = {"scale": self.reduce(jnp.add, self.blocks(gs)) * self.grad_factor(w_OI.shape)}
         if self.has_zero:
-            grads["zero"] = self.reduce(jnp.add, self._blocks(-scale * out)) * self.grad_factor(w_OI.shape)
+            grads["zero"] = self.reduce(jnp.add, self.blocks(-scale * out)) * self.grad_factor(w_OI.shape)
         return gw, grads
 
     def passes(self, w_OI: Float[Array, "O I"], stored: Params) -> Bool[Array, "O I"]:
@@ -340,7 +341,7 @@ class Integer(Uniform):
         stored = self.stored(params)
         ratio = w_OI / spread(stored["scale"], w_OI.shape)
         gw = g_OI if self.clip == "none" else jnp.where(inside(w_OI, ratio, 0.0, self.levels, self.clip), g_OI, 0.0)
-        gs = self._blocks(g_OI * self.quantize(w_OI, stored).astype(jnp.float32))  # ParetoQ: d w_hat / d s = sign(w)
+        gs = self.blocks(g_OI * self.quantize(w_OI, stored).astype(jnp.float32))  # ParetoQ: d w_hat / d s = sign(w)
         return gw, {"scale": self.reduce(jnp.add, gs) * self.grad_factor(w_OI.shape)}
 
 

@@ -38,6 +38,7 @@ class InputStats(NamedTuple):
     low_I: Float[np.ndarray, " I"]  # least value of each channel
     high_I: Float[np.ndarray, " I"]
     mean_square_I: Float[np.ndarray, " I"]
+    absmean_I: Float[np.ndarray, " I"]  # mean magnitude
 
     @property
     def absmax_I(self) -> Float[np.ndarray, " I"]:
@@ -114,15 +115,15 @@ class Stream:
         found: dict[str, tuple[np.ndarray, ...]] = {}
         for x in self._x:
             for name, new in _magnitudes(self.config, layer, jnp.asarray(x), index, tuple(names)).items():
-                low, high, total = (np.asarray(a, np.float64) for a in new)
+                low, high, *sums = (np.asarray(a, np.float64) for a in new)
                 if name in found:
-                    a, b, c = found[name]
-                    low, high, total = np.minimum(a, low), np.maximum(b, high), c + total
-                found[name] = low, high, total
+                    a, b, *before = found[name]
+                    low, high, sums = np.minimum(a, low), np.maximum(b, high), [s + t for s, t in zip(before, sums)]
+                found[name] = low, high, *sums
         for name, arrays in found.items():
             if not all(np.isfinite(a).all() for a in arrays):
                 raise InputError(_not_finite(index, name))
-        means = {n: (low, high, total / self.tokens) for n, (low, high, total) in found.items()}
+        means = {n: (low, high, *(s / self.tokens for s in sums)) for n, (low, high, *sums) in found.items()}
         return {n: InputStats(*(a.astype(np.float32) for a in arrays)) for n, arrays in means.items()}
 
     def advance(self, layer: Tree, index: int) -> None:
@@ -235,10 +236,14 @@ def _add_squares(
 @partial(jax.jit, static_argnames=("config", "names"))
 def _magnitudes(
     config: ModelConfig, layer: Tree, x_BTD: Array, index: Any, names: tuple[str, ...]
-) -> dict[str, tuple[Array, Array, Array]]:
+) -> dict[str, tuple[Array, Array, Array, Array]]:
     found = _inputs(config, layer, x_BTD, index, names)
     tokens = (0, 1)
-    return {n: (a.min(tokens), a.max(tokens), jnp.sum(jnp.square(a), axis=tokens)) for n, a in found.items()}
+
+    def of(a: Array) -> tuple[Array, Array, Array, Array]:
+        return a.min(tokens), a.max(tokens), jnp.sum(jnp.square(a), axis=tokens), jnp.sum(jnp.abs(a), axis=tokens)
+
+    return {n: of(a) for n, a in found.items()}
 
 
 @partial(jax.jit, static_argnames="config")

@@ -323,7 +323,7 @@ class _Blocks:
         stats = self.stream.stats(layer, index, static) if static else {}
         for n, (_, act) in wanted.items():
             if act is not None:
-                params = act.fit(stats[n].high_I, stats[n].low_I) if n in stats else {}
+                params = act.fit(stats[n].high_I, stats[n].low_I, stats[n].absmean_I) if n in stats else {}
                 leaves[paths[n]] = rtn.with_act(leaves[paths[n]], act, params)
                 if self.acts:
                     self._put(layer, n, rtn.with_act(self._at(layer, n), act, params))

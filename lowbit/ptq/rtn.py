@@ -70,7 +70,8 @@ def ranges(
         return {}
     tokens = tokenize(documents, tokenizer, ROWS, length_of(config), least=1)
     stats = statistics(config, read, tokens)
-    return {path: fmt.fit(stats[path].high_I, stats[path].low_I) for path, fmt in static.items() if path in stats}
+    found = {path: (fmt, stats[path]) for path, fmt in static.items() if path in stats}
+    return {path: fmt.fit(s.high_I, s.low_I, s.absmean_I) for path, (fmt, s) in found.items()}
 
 
 def check_paths(params: Tree, assignment: Mapping[str, Any]) -> None:

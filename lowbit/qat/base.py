@@ -1,18 +1,18 @@
 """What a recipe is, and the registry of recipes."""
 
-from collections.abc import Mapping
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 from lowbit.errors import unknown
-from lowbit.formats.activation import ActFormat
-from lowbit.formats.base import Format
-from lowbit.formats.kv import KVFormat
+from lowbit.qat import latents
+from lowbit.qat.latents import Assignment, Start, Stored
 from lowbit.tree import Tree
 
 
 class Prepare(Protocol):
-    def __call__(self, params: Tree, assignment: Mapping[str, Format | ActFormat | KVFormat]) -> Tree:
-        """Parameters in training: float32 latents at the sites of `assignment` (see `Plan.resolve`)."""
+    def __call__(self, params: Tree, assignment: Assignment, *, stored: Stored | None = None) -> Tree:
+        """Parameters in training: float32 latents at the sites of `assignment` (see `Plan.resolve`); `stored` are the
+        arrays of static activation formats, by path."""
         ...
 
 
@@ -40,6 +40,11 @@ def register(recipe: Recipe) -> Recipe:
     return recipe
 
 
+def register_start(name: str, start: Start, defaults: dict[str, Any] | None = None) -> Recipe:
+    """Adds a recipe that trains latent weights, given how a latent starts (see `lowbit.qat.latents`)."""
+    return register(Recipe(name, partial(latents.prepare, start=start), latents.convert, defaults or {}))
+
+
 def get(name: str) -> Recipe:
     """The recipe of this name. Raises `InputError` with a suggestion."""
     _load_all()
@@ -55,4 +60,5 @@ def names() -> list[str]:
 
 
 def _load_all() -> None:
-    from lowbit.qat import ste  # noqa: F401  (each module registers its recipes)
+    # Each module registers its recipes.
+    from lowbit.qat import dorefa, lsq, paretoq, ste  # noqa: F401

@@ -42,6 +42,7 @@ class TrainConfig:
     b2: float = 0.95
     eps: float = 1e-8
     weight_decay: float = 0.0  # of matrices only, never of norms, biases, embeddings or scales
+    scale_decay: float = 0.0  # weight decay of what formats learn: PACT's L2 penalty
     clip: float = 1.0  # global gradient norm; 0: no clipping
 
     dtype: Literal["float32", "bfloat16"] = "float32"  # of compute; masters are float32
@@ -66,8 +67,9 @@ class TrainConfig:
                 raise InputError(f"{name} is {value} (allowed: at least {low:g}{top})")
         if not (math.isfinite(self.lr) and self.lr > 0):
             raise InputError(f"lr is {self.lr} (allowed: above 0)")
-        if self.optimizer == "adam" and self.weight_decay:
-            raise InputError(f"weight_decay is {self.weight_decay} with optimizer 'adam' (allowed: 0, or 'adamw')")
+        for name in ("weight_decay", "scale_decay"):
+            if self.optimizer == "adam" and getattr(self, name):
+                raise InputError(f"{name} is {getattr(self, name)} with optimizer 'adam' (allowed: 0, or 'adamw')")
         if not self.temperature > 0:
             raise InputError(f"temperature is {self.temperature} (allowed: above 0)")
         if self.batch_size % self.microbatches:
@@ -102,6 +104,7 @@ _RANGES = (
     ("b2", 0, 1),
     ("eps", 0, math.inf),
     ("weight_decay", 0, math.inf),
+    ("scale_decay", 0, math.inf),
     ("clip", 0, math.inf),
     ("loss_chunk", 0, math.inf),
     ("log_every", 1, math.inf),

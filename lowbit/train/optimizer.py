@@ -68,6 +68,8 @@ def build(config: TrainConfig, params: Mapping[str, Any], scale: Mapping[str, fl
     parts.append(_direction(config, mask))
     if config.weight_decay:
         parts.append(optax.add_decayed_weights(config.weight_decay, mask))
+    if config.scale_decay:
+        parts.append(optax.add_decayed_weights(config.scale_decay, {n: ":" in n for n in params}))
     parts.append(optax.stateless(lambda u, _: {n: scale[n] * u[n] for n in u}))
     parts.append(optax.scale_by_learning_rate(schedule(config)))
     return optax.chain(*parts)

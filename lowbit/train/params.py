@@ -11,6 +11,7 @@ from typing import Any
 from lowbit import tree as trees
 from lowbit.errors import InputError, unknown
 from lowbit.formats import base
+from lowbit.formats.activation import get_act
 from lowbit.formats.base import Latent, QTensor
 from lowbit.formats.fake_quant import PreparedInput
 from lowbit.linalg import online
@@ -81,10 +82,12 @@ def unflatten(flat: Mapping[str, Any], layout: Layout) -> Tree:
 
 
 def trainable(layout: Layout) -> set[str]:
-    """Names that an optimizer may change: everything but the arrays of packed weights, of activation formats, of caches
-    and of online transforms."""
+    """Names that an optimizer may change: everything but the arrays of packed weights, of activation formats (unless
+    those learn them), of caches and of online transforms."""
     names: set[str] = set()
     for path, entry in layout.items():
+        if "input" in entry and getattr(get_act(entry["input"]), "learned", False):
+            names |= {f"{path}:{k}" for k in entry["prepared"] if k.startswith("input.")}
         if entry["kind"] in ("packed", "cache"):
             continue
         names.add(path)

@@ -88,6 +88,7 @@ def test_statistics_are_those_of_the_whole_model():
         np.testing.assert_allclose(s.absmax_I, np.abs(x).max(0), rtol=1e-5)
         np.testing.assert_allclose(s.low_I, x.min(0), rtol=1e-4, atol=1e-6)
         np.testing.assert_allclose(s.mean_square_I, (x**2).mean(0), rtol=1e-4)
+        np.testing.assert_allclose(s.absmean_I, np.abs(x).mean(0), rtol=1e-4)
 
 
 def test_what_is_not_finite_is_refused_by_name():

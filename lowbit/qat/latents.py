@@ -1,0 +1,93 @@
+"""What every recipe that trains latent weights shares: a float32 master under fake quantization, and packing it.
+
+Scales are on the stored grid during training, so that conversion writes exactly what was trained. A recipe says only
+how a site's `Latent` starts.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lowbit import tree as trees
+from lowbit.errors import InputError
+from lowbit.formats.activation import ActFormat
+from lowbit.formats.base import Format, Latent, Params, QTensor
+from lowbit.formats.fake_quant import PreparedInput
+from lowbit.formats.kv import KVFormat
+from lowbit.models.cache import attach
+from lowbit.tree import Tree
+
+INPUT = ":in"
+Assignment = Mapping[str, Format | ActFormat | KVFormat]
+Stored = Mapping[str, Mapping[str, Any]]
+# (format, float32 master [O, I]) -> the format that is trained and its parameters ({}: fitted anew at every use).
+# Raises `InputError`, whose message continues "PATH: ", for a format that the recipe is not defined for.
+Start = Callable[[Format, jax.Array], tuple[Format, Params]]
+
+
+def prepare(params: Tree, assignment: Assignment, start: Start, stored: Stored | None = None) -> Tree:
+    """Latents (float32 masters) at the weight sites, `PreparedInput` at the `path:in` sites, cache formats at theirs;
+    the rest unchanged. `stored` are the arrays of static activation formats, by path (`lowbit.ptq.rtn.ranges`).
+
+    Raises `InputError` on a site that the parameters lack, is quantized already, or whose format cannot be trained.
+    """
+    params, assignment = attach(params, assignment)
+    stored = stored or {}
+    paths = dict(trees.items(params))
+    plain = {p: a.w if isinstance(a, PreparedInput) and a.act is None else a for p, a in paths.items()}
+    for site, fmt in assignment.items():
+        path = site.removesuffix(INPUT)
+        if path not in paths:
+            raise InputError(f"no parameter {path!r} for format {fmt.name!r} (there are {len(paths)})")
+        if not isinstance(plain[path], jax.Array):
+            kind = type(plain[path]).__name__
+            raise InputError(f"{path} is a {kind} already (allowed: a float array; decode it first)")
+        if isinstance(fmt, Format) and not fmt.trainable:
+            raise InputError(f"format {fmt.name!r} of {path} has no gradient (use it with a solver instead)")
+        if isinstance(fmt, ActFormat):
+            try:
+                fmt.check_params(dict(stored.get(path, {})))
+            except InputError as e:
+                raise InputError(f"{site}: {e}") from e
+
+    def one(path: str, leaf: Any) -> Any:
+        fmt, act = assignment.get(path), assignment.get(path + INPUT)
+        w = plain[path]
+        if fmt is not None:
+            w = w.astype(jnp.float32)
+            try:
+                fmt, own = start(fmt, w)
+            except InputError as e:
+                raise InputError(f"{path}: {e}") from e
+            w = Latent(w, own, fmt)
+        if isinstance(leaf, PreparedInput):  # an online transform stays
+            leaf = dataclasses.replace(leaf, w=w if fmt is not None else leaf.w)
+            return leaf if act is None else dataclasses.replace(leaf, act=act, params=dict(stored.get(path, {})))
+        return w if act is None else PreparedInput(w, act, None, dict(stored.get(path, {})))
+
+    return trees.map_leaves(one, params)
+
+
+def convert(params: Tree) -> Tree:
+    """Every latent as packed codes and scales (those of the last forward pass); other leaves unchanged."""
+
+    def one(path: str, leaf: Any) -> Any:
+        if isinstance(leaf, PreparedInput):
+            return dataclasses.replace(leaf, w=one(path, leaf.w))
+        if not isinstance(leaf, Latent):
+            return leaf
+        try:
+            leaf.format.check_values(leaf.w, leaf.params or leaf.format.fitted(leaf.w))
+        except InputError as e:
+            raise InputError(f"{path}: {e}") from e
+        return _encode(leaf)
+
+    return trees.map_leaves(one, params)
+
+
+@jax.jit
+def _encode(latent: Latent) -> QTensor:
+    return latent.encode()
