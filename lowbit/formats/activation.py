@@ -193,6 +193,18 @@ class ActFormat:
         """`fake_quant` without its checks."""
         return _fake_quant(self, x, params)
 
+    def codes(
+        self, x: Float[Array, "*batch I"], params: dict[str, Any]
+    ) -> tuple[Float[Array, "*batch I"], Float[Array, "*scales"]] | None:
+        """`(codes, scale)` with `value = codes * scale`, float32, the scale `[*batch, 1]` or `[]`; None for
+        formats that are more than integers times one scale for a token (groups, zero points, fp8)."""
+        if self.grid.fp8 or self.grid.asym or self.group is not None:
+            return None
+        x32 = x.astype(jnp.float32)
+        ratio, scale, zero = self.ratio(x32, params)
+        codes = self.grid.round(ratio, zero)
+        return jnp.where(jnp.isfinite(x32), codes, jnp.nan) if self.static else codes, scale
+
     def grouped(self, x: Array) -> Array:
         """float32, with what shares a scale along the last axis."""
         x = x.astype(jnp.float32)

@@ -58,6 +58,10 @@ class QTensor:
         """The weights, computed in float32 and cast to `dtype`."""
         return self.format.decode(self)
 
+    def codes(self) -> tuple[Int[Array, "O I"], Params]:
+        """The unpacked codes and the stored parameters."""
+        return unpacked(self)
+
     @property
     def nbytes(self) -> int:
         """Stored bytes, scales and codebooks included."""
@@ -98,22 +102,31 @@ class Affine:
         return w + offset if self.offset.any() else w  # adding 0 would turn -0.0 into 0.0
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["w", "params"], meta_fields=["format"])
+@partial(jax.tree_util.register_dataclass, data_fields=["w", "params", "mix"], meta_fields=["format"])
 @dataclasses.dataclass(frozen=True)
 class Latent:
     """A weight in training: the full-precision latent `w` and, if the recipe learns them, the format's parameters.
 
     With `params` empty, the format's `init` computes them from `w` at each use and they get no gradient (dynamic
-    straight-through quantization).
+    straight-through quantization). `mix`, a scalar, is how much of the quantized weight the forward pass sees (see
+    `blend`; None: all of it).
     """
 
     w: Any  # float [*layers, O, I]; not annotated so, as jax rebuilds the node with None or specs in its place
     params: dict[str, Any]
     format: Format
+    mix: Any = None
 
     def value(self) -> Float[Array, "O I"]:
-        """The quantized weight that the forward pass sees."""
-        return self.format.fake_quant(self.w, self.params or self.dynamic_params())
+        """The weight that the forward pass sees."""
+        q = self.format.fake_quant(self.w, self.params or self.dynamic_params())
+        return q if self.mix is None else blend(self.w, q, self.mix)
+
+    def codes(self) -> tuple[Int[Array, "O I"], Params]:
+        """The codes of the quantized weight and the parameters as stored; no gradient."""
+        w, params = jax.lax.stop_gradient((self.w, self.params))
+        stored = self.format.stored(params or self.dynamic_params())
+        return self.format.quantize(w.astype(jnp.float32), stored), stored
 
     def encode(self) -> QTensor:
         """The trained codes and scales."""
@@ -121,6 +134,13 @@ class Latent:
 
     def dynamic_params(self) -> Params:
         return jax.lax.stop_gradient(_init(self.format, self.w.astype(jnp.float32)))
+
+
+def blend(x: Float[Array, "*s"], q: Float[Array, "*s"], mix: Float[Array, ""]) -> Float[Array, "*s"]:
+    """`x + mix (q - x)`; exactly `x` at 0 and exactly `q` from 1 on. Warms quantization up, as Hugging Face's 1.58-bit
+    fine-tuning of pretrained models does; the gradient is split in the same shares."""
+    mix = jax.lax.stop_gradient(mix).astype(x.dtype)
+    return jnp.where(mix >= 1, q, x + mix * (q - x))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,6 +211,13 @@ class Format:
         if not bool(jnp.isfinite(w_OI).all()):
             row, col = np.argwhere(~np.isfinite(np.asarray(w_OI)))[0]
             raise FormatError(f"{self.name}: weight [{row}, {col}] is {w_OI[row, col]} (must be finite)")
+
+    def integers(
+        self, codes_OI: Int[Array, "O I"], stored: Params
+    ) -> tuple[Float[Array, "O I"], Float[Array, " O"] | Float[Array, ""]] | None:
+        """`(levels, scale)` with `dequantize = levels * scale`, float32, where one scale serves a row or the matrix;
+        None for other grids."""
+        return None
 
     def affine(self, q: QTensor) -> Affine | None:
         """Codes and scales as numpy arrays, or None if the format is not affine.

@@ -31,18 +31,19 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from lowbit.errors import unknown
-from lowbit.formats.base import FormatError
+from lowbit.formats.base import FormatError, blend
 
 Clip = str | float
 Levels = tuple[int, int] | tuple[float, float]
 CLIPS = ("none", "inclusive", "rounded", "lsq", "paretoq")
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["w", "op", "params"], meta_fields=["act"])
+@partial(jax.tree_util.register_dataclass, data_fields=["w", "op", "params", "mix"], meta_fields=["act"])
 @dataclasses.dataclass(frozen=True)
 class PreparedInput:
     """A linear's weight whose input is first transformed by `op` (see `lowbit.linalg.online`; None: as it is) and then
-    quantized by `act`, the plan's `path:in` rule (None: not), with the arrays `params` if that format stores any.
+    quantized by `act`, the plan's `path:in` rule (None: not), with the arrays `params` if that format stores any. `mix`
+    is how much of the quantized input the product sees (`base.blend`; None: all of it).
 
     Raises `FormatError` for a format that stores arrays (a static scale) without them."""
 
@@ -50,6 +51,7 @@ class PreparedInput:
     act: Any = None
     op: Any = None
     params: dict[str, Any] = dataclasses.field(default_factory=dict)
+    mix: Any = None
 
     def __post_init__(self) -> None:
         if self.act is not None and isinstance(self.params, dict):  # jax rebuilds nodes with other things in place
@@ -58,7 +60,10 @@ class PreparedInput:
     def prepare(self, x: Float[Array, "*batch I"]) -> Float[Array, "*batch I"]:
         """What the weight is multiplied with, in `x`'s dtype."""
         x = x if self.op is None else self.op(x)
-        return x if self.act is None else self.act.fake_quant(x, self.params)
+        if self.act is None:
+            return x
+        q = self.act.fake_quant(x, self.params)
+        return q if self.mix is None else blend(x, q, self.mix)
 
 
 # -- gradients of a uniform grid --------------------------------------------------------------------------------------

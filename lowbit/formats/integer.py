@@ -159,6 +159,12 @@ class Uniform(Format):
             levels = levels - spread(stored["zero"], codes_OI.shape)
         return levels * spread(stored["scale"], codes_OI.shape)
 
+    def integers(self, codes_OI: Int[Array, "O I"], stored: Params) -> tuple[Array, Array] | None:
+        if self.has_zero or set(stored) != {"scale"} or isinstance(self.granularity, int):
+            return None
+        scale = stored["scale"]
+        return codes_OI.astype(jnp.float32), scale[:, 0] if self.granularity == "channel" else scale[0, 0]
+
     def pack(self, codes_OI: Int[Array, "O I"], stored: Params) -> dict[str, Array]:
         arrays = {"codes": self.pack_codes(codes_OI), "scale": stored["scale"].astype(STORAGE[self.storage])}
         if self.has_zero:

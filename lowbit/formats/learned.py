@@ -85,6 +85,13 @@ class LearnedAct(ActFormat):
         ratio = self.ratio(x.astype(jnp.float32), params)[0]
         return (ratio > self.levels[0]) & (ratio < self.levels[1])
 
+    def codes(self, x: Array, params: dict[str, Any]) -> tuple[Array, Array] | None:
+        if self.grid.asym:
+            return None
+        x32 = x.astype(jnp.float32)
+        ratio, scale, _ = self.ratio(x32, params)
+        return jnp.where(jnp.isfinite(x32), jnp.clip(jnp.round(ratio), *self.levels), jnp.nan), scale
+
     def value(self, x: Float[Array, "*batch I"], params: dict[str, Any]) -> Float[Array, "*batch I"]:
         return _learned(self, x, params)
 

@@ -127,7 +127,9 @@ def test_dorefa_is_the_paper_formula():
         want = top * (2 * np.rint((t / (2 * peak) + 0.5) * n) / n - 1)
         np.testing.assert_allclose(value, want, rtol=1e-5)
         g = np.random.default_rng(1).standard_normal(w.shape)
-        np.testing.assert_allclose(pull(jnp.asarray(g, jnp.float32))[0], g * top * (1 - t * t) / peak, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(
+            pull(jnp.asarray(g, jnp.float32))[0], g * top * (1 - t * t) / peak, rtol=1e-4, atol=1e-5
+        )
 
 
 def test_refusals():

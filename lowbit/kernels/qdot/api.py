@@ -1,5 +1,7 @@
 """Dispatch on what the weight is: an array, packed codes, or a latent weight in training."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -8,6 +10,7 @@ from lowbit.formats.base import Latent, QTensor
 from lowbit.formats.fake_quant import PreparedInput
 
 Weight = Array | QTensor | Latent | PreparedInput
+EXACT = 2**24  # whole numbers up to here are exact in float32
 
 
 def dense(w: Weight) -> Float[Array, "O I"]:
@@ -29,10 +32,68 @@ def prepared(x_BTI: Float[Array, "*batch I"], w: Weight) -> Float[Array, "*batch
 def qdot(x_BTI: Float[Array, "*batch I"], w: Weight) -> Float[Array, "*batch O"]:
     """`x @ decode(w).T` in `x`'s dtype, accumulated in float32 at least.
 
-    A `PreparedInput` first transforms and quantizes `x`.
+    A `PreparedInput` first transforms and quantizes `x`. Where inputs and weights are both integers times one scale
+    (per token; per row or matrix), the product is that of the integers, `(x_codes @ w_codes.T) * (s_x * s_w)`, as long
+    as no sum can leave the integers that float32 holds: the same bits as any int8 kernel, in training too.
     """
+    whole = _integers(x_BTI, w)
+    if whole is not None:
+        return whole
     x_BTI = prepared(x_BTI, w)
-    w_OI = dense(w).astype(x_BTI.dtype)
-    acc = jnp.promote_types(x_BTI.dtype, jnp.float32)
-    dims = (((x_BTI.ndim - 1,), (1,)), ((), ()))
-    return jax.lax.dot_general(x_BTI, w_OI, dims, preferred_element_type=acc).astype(x_BTI.dtype)
+    return _dot(x_BTI, dense(w).astype(x_BTI.dtype)).astype(x_BTI.dtype)
+
+
+def _dot(x: Array, w_OI: Array) -> Array:
+    acc = jnp.promote_types(x.dtype, jnp.float32)
+    return jax.lax.dot_general(x, w_OI, (((x.ndim - 1,), (1,)), ((), ())), preferred_element_type=acc)
+
+
+# -- products of integers ---------------------------------------------------------------------------------------------
+
+
+def _integers(x: Array, leaf: Weight) -> Array | None:
+    """The product by integers, or None where there is no such product."""
+    if not isinstance(leaf, PreparedInput) or leaf.act is None or x.dtype == jnp.float64:
+        return None
+    w = leaf.w
+    if not isinstance(w, QTensor | Latent) or leaf.mix is not None or getattr(w, "mix", None) is not None:
+        return None
+    levels = getattr(w.format, "levels", None)
+    if levels is None or x.shape[-1] * 2 ** (leaf.act.bits - 1) * max(map(abs, levels)) >= EXACT:
+        return None
+    codes, stored = w.codes()
+    ints = w.format.integers(codes, stored)
+    x = x if leaf.op is None else leaf.op(x)
+    found = None if ints is None else leaf.act.codes(x, leaf.params)
+    if found is None:
+        return None
+    # The gradient is that of the product of the values; both carry their own straight-through rule.
+    values = leaf.act.fake_quant(x, leaf.params), dense(w).astype(x.dtype)
+    return _by_integers(values, jax.lax.stop_gradient((*found, *ints))).astype(x.dtype)
+
+
+@jax.custom_vjp
+def _by_integers(values: tuple[Array, Array], parts: tuple[Array, Array, Array, Array]) -> Array:
+    x, s_x, w_OI, s_w = parts
+    return _dot(x, w_OI) * (_pinned(s_x) * s_w)
+
+
+def _pinned(scale: Array) -> Array:
+    """The same positive numbers, which a compiler does not see to be products: jitted XLA:CPU computes `(top * (1 / 127)) *
+    s_w` as `top * ((1 / 127) * s_w)`, another last bit. The sign bit of what is not negative is 0 already."""
+    bits = jax.lax.bitcast_convert_type(scale, jnp.int32)
+    return jax.lax.bitcast_convert_type(jnp.maximum(bits, 0), jnp.float32)
+
+
+def _fwd(values: tuple[Array, Array], parts: Any) -> tuple[Array, Any]:
+    return _by_integers(values, parts), values
+
+
+def _bwd(residuals: Any, g: Array) -> tuple[Any, Any]:
+    x, w_OI = residuals
+    g = g.astype(x.dtype)
+    rows = g.reshape(-1, g.shape[-1])
+    return (_dot(g, w_OI.T).astype(x.dtype), _dot(rows.T, x.reshape(rows.shape[0], -1).T).astype(w_OI.dtype)), None
+
+
+_by_integers.defvjp(_fwd, _bwd)
