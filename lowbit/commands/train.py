@@ -3,6 +3,8 @@
 import dataclasses
 import sys
 import time
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -50,6 +52,9 @@ class Train:
     recipe: str = "ste"
     """ste: scales follow the weights; ste-learned: scales are trained; lsq, lsq+, paretoq, dorefa, pact: as published
     (docs/qat.md)."""
+    stages: Annotated[tuple[str, ...], tyro.conf.arg(metavar="STEP:FORMAT")] = ()
+    """From update STEP on another format, or STEP:FILE.toml for other rules: gradual bit widths, activations that come
+    later. The optimizer's state stays."""
     teacher: Word = None
     """MODEL whose predictions are the target of kl (default: the model itself, as it was)."""
     seq: int = 256
@@ -77,6 +82,7 @@ class Train:
         recipe = qat.get(self.recipe)
         train = with_recipe(self.train, recipe.defaults)
         plan = make_plan(self.format, self.rules)
+        later = stage_plans(self.stages, train.steps)
         resolve_mode(self.tracking)
         if self.seq < 2:
             raise InputError(f"--seq is {self.seq} (allowed: at least 2)")
@@ -87,7 +93,7 @@ class Train:
         text = read_text(self.text, self.field)
         documents = [text] if isinstance(text, str) else text
         held_out = None if self.eval_text is None else read_text(self.eval_text, self.field)
-        saved = self.saved(plan, train)
+        saved = self.saved(plan, train) | {"stages": [[step, dataclasses.asdict(p)] for step, p in later]}
         may_differ = tuple(f"train.{k}" for k in OPERATIONAL) + (
             ("train.steps",) if train.schedule == "constant" else ()
         )
@@ -96,7 +102,7 @@ class Train:
         else:
             check_new(self.out)
             check_writable(self.out)
-        job = prepare(self, plan, recipe, train, documents, held_out)
+        job = prepare(self, plan, recipe, train, documents, held_out, later)
         with Run.open(
             self.out,
             saved,
@@ -165,6 +171,20 @@ class Train:
         return result(data, f"{plans.render(table)}\n\n{lines(shown)}")
 
 
+def stage_plans(stages: Sequence[str], steps: int) -> list[tuple[int, Any]]:
+    """`(step, plan)` of every STEP:FORMAT. Raises `InputError`."""
+    out = []
+    for text in stages:
+        step, _, what = text.partition(":")
+        if not step.isdigit() or not what:
+            raise InputError(f"--stages {text!r} (allowed: STEP:FORMAT or STEP:FILE.toml, such as 600:int2:g64)")
+        if not 0 < int(step) < steps or (out and int(step) <= out[-1][0]):
+            raise InputError(f"--stages {text!r} (allowed: rising steps, from 1 to {steps - 1})")
+        rules = Path(what) if what.endswith(".toml") else None
+        out.append((int(step), make_plan(None if rules else what, rules)))
+    return out
+
+
 def with_recipe(train: TrainConfig, defaults: dict[str, Any]) -> TrainConfig:
     """The recipe's recommended settings, where the user has not chosen others."""
     return dataclasses.replace(
@@ -186,6 +206,7 @@ class Job:
     documents: list[str]
     held_out: Any = None  # `Windows` of --eval-text
     stored: Any = None  # arrays of static activation formats
+    later: tuple[tuple[int, Any], ...] = ()  # (step, assignment) of the stages
 
     def held_out_loss(self, params: Any) -> float:
         """Nats per token of what would be written now, computed in float32 as lowbit eval does."""
@@ -194,12 +215,18 @@ class Job:
         model = self.model.replace(params=as_it_came(params, self.model.params))
         return float(token_scores(model, self.held_out)["nll"].mean(dtype="float64"))
 
+    def restart(self, assignment: Any, params: Any) -> Any:
+        """What is trained, in other formats from here on."""
+        from lowbit.qat.latents import masters
+
+        return self.recipe.prepare(masters(params), assignment, stored=self.stored)
+
     def run(self, run: Any) -> Result:
         from lowbit.data import rows as data_rows
         from lowbit.evaluate.size import file_bytes, sizes
         from lowbit.experiment.progress import Progress
         from lowbit.models.hf import save_hf
-        from lowbit.train.loop import train
+        from lowbit.train.loop import Stage, train
 
         o, start = self.options, time.monotonic()
         rows = data_rows.prepare(self.documents, self.model.tokenizer, o.seq, run.path("data"))
@@ -232,6 +259,7 @@ class Job:
                 on_resume=on_resume,
                 evaluate=None if self.held_out is None else self.held_out_loss,
                 on_evaluate=on_evaluate,
+                stages=[Stage(step, partial(self.restart, other)) for step, other in self.later],
             )
         data = {"out": str(run.dir), "model": o.model, "status": done.status, "step": done.step, "rows": len(rows)}
         if done.whole:
@@ -274,6 +302,7 @@ def prepare(
     train: TrainConfig,
     documents: list[str],
     held_out: str | list[str] | None = None,
+    later: Sequence[tuple[int, Any]] = (),
 ) -> Job:
     """Reads the models and checks everything, before the run directory exists."""
     from lowbit.evaluate.perplexity import windows_of
@@ -297,8 +326,14 @@ def prepare(
                 f"teacher {options.teacher} has another tokenizer than {options.model} (allowed: the same)"
             )
     # Scales of static and learned activation formats start from what their inputs reach on the training text.
-    stored = rtn.ranges(model.config, calibrate.readers_of(model.params), model.tokenizer, assignment, documents)
-    recipe.prepare(model.params, assignment, stored=stored)
+    changes = tuple((step, other.resolve(model.config.shapes())) for step, other in later)
+    read, stored = calibrate.readers_of(model.params), {}
+    for formats in (assignment, *(a for _, a in changes)):
+        own = rtn.ranges(model.config, read, model.tokenizer, formats, documents)
+        if clash := [p for p in own.keys() & stored.keys() if own[p].keys() != stored[p].keys()]:
+            raise InputError(f"stages: the input of {clash[0]} has two static formats (allowed: one, in one stage)")
+        stored |= own
+        recipe.prepare(model.params, formats, stored=stored)
     sharding.check_batch(train.batch_size, train.microbatches, sharding.make_mesh(train.mesh))
     tokens = 0
     for ids in map(model.tokenizer.encode, documents):
@@ -310,4 +345,4 @@ def prepare(
             f"text {options.text} has {number(tokens)} tokens (needed: at least {options.seq + 1}, one row of --seq)"
         )
     windows = None if held_out is None else windows_of(model, held_out, f"gptq-{options.seq}")
-    return Job(options, model, teacher, recipe, train, assignment, objective, documents, windows, stored)
+    return Job(options, model, teacher, recipe, train, assignment, objective, documents, windows, stored, changes)

@@ -93,6 +93,7 @@ def check(c: ModelConfig) -> None:
 
     gemma = arch.startswith("gemma")
     need(not c.linear_norm, "linear_norm", c.linear_norm, False)
+    need(c.sub_norm == "none", "sub_norm", c.sub_norm, "none")
     need(c.input_norm, "input_norm", c.input_norm, True)
     need(c.activation == ("gelu_tanh" if gemma else "silu"), "activation", c.activation, "silu, Gemma gelu_tanh")
     need(c.sandwich_norm == c.norm_plus_one == gemma, "norms of", c.family, "plain, Gemma sandwiched")

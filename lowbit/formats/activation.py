@@ -10,6 +10,7 @@ Names are `NAME:SPAN[:key...]`, keys in any order:
 | `asym` | an integer zero point, from the least and the largest value, 0 included (integers only) |
 | `rR` | the range is cut to R of itself (0.1 to 1), as QuaRot's `a_clip_ratio` |
 | `bitnet` | the formulas of BitNet b1.58 (int8) and a4.8 (int4); per token, without the keys above |
+| `topP` | only the P percent of a token's values with the largest magnitudes, the rest 0 (BitNet a4.8: 50) |
 | `clip`, `rounded`, `fixedC` | where the gradient passes (see `lowbit.formats.fake_quant`); everywhere by default |
 
 Scales of `token` are dynamic, in float32. `tensor` is static: its scale (and zero point) are stored arrays that
@@ -102,12 +103,14 @@ class ActFormat:
     group: int | None = None
     bitnet: bool = False
     clip: Clip = "none"
+    top: int | None = None
 
     @property
     def name(self) -> str:
         keys = ["fp8" if self.grid.fp8 else f"int{self.grid.width}", "tensor" if self.static else "token"]
         keys += [f"g{self.group}"] * (self.group is not None) + ["asym"] * self.grid.asym
         keys += [f"r{shown(self.grid.ratio)}"] * (self.grid.ratio != 1.0) + ["bitnet"] * self.bitnet
+        keys += [f"top{self.top}"] * (self.top is not None)
         clip = f"fixed{shown(self.clip)}" if isinstance(self.clip, float) else self.clip
         return ":".join([*keys, *{"none": [], "inclusive": ["clip"]}.get(clip, [clip])])
 
@@ -193,6 +196,14 @@ class ActFormat:
         """`fake_quant` without its checks."""
         return _fake_quant(self, x, params)
 
+    def kept(self, x: Float[Array, "*batch I"], y: Float[Array, "*batch I"]) -> Float[Array, "*batch I"]:
+        """`y` where x is among the `top` percent of its token (rounded up; all that tie with the last), else 0."""
+        if self.top is None:
+            return y
+        size = jnp.abs(x)
+        least = jax.lax.top_k(size, -(-x.shape[-1] * self.top // 100))[0][..., -1:]
+        return jnp.where(size < least, 0.0, y)  # NaN stays
+
     def codes(
         self, x: Float[Array, "*batch I"], params: dict[str, Any]
     ) -> tuple[Float[Array, "*batch I"], Float[Array, "*scales"]] | None:
@@ -202,7 +213,7 @@ class ActFormat:
             return None
         x32 = x.astype(jnp.float32)
         ratio, scale, zero = self.ratio(x32, params)
-        codes = self.grid.round(ratio, zero)
+        codes = self.kept(x32, self.grid.round(ratio, zero))
         return jnp.where(jnp.isfinite(x32), codes, jnp.nan) if self.static else codes, scale
 
     def grouped(self, x: Array) -> Array:
@@ -239,7 +250,8 @@ def _fake_quant(act: ActFormat, x: Array, params: dict[str, Any]) -> Array:
     y = act.grid.dequantize(act.grid.round(ratio, zero), scale, zero)
     if act.static:  # an infinity would saturate without a trace
         y = jnp.where(jnp.isfinite(x32), y, jnp.nan)
-    return y.reshape(x.shape).astype(x.dtype)
+    y = y.reshape(x.shape)
+    return act.kept(x32, y).astype(x.dtype) if act.top is not None else y.astype(x.dtype)
 
 
 def _fwd(act: ActFormat, x: Array, params: dict[str, Any]):
@@ -266,6 +278,7 @@ ACTS = (
     "int4:token:g64:asym:r0.95:clip",
     "int8:token:bitnet",
     "int4:token:bitnet",
+    "int8:token:bitnet:top50",
     "int8:token:fixed2",
     "int4:token:rounded",
     "int4:token:bitnet:clip",
@@ -278,7 +291,7 @@ ACTS = (
 )
 _NUMBER = r"\d+(?:\.\d+)?"
 _CLIP = rf"(?P<clip>clip|rounded|fixed{_NUMBER})"
-_KEYS = rf"(?P<group>g[1-9]\d*)|(?P<asym>asym)|(?P<ratio>r{_NUMBER})|(?P<bitnet>bitnet)|{_CLIP}"
+_KEYS = rf"(?P<group>g[1-9]\d*)|(?P<asym>asym)|(?P<ratio>r{_NUMBER})|(?P<bitnet>bitnet)|(?P<top>top[1-9]\d?)|{_CLIP}"
 
 
 def parse_keys(kind: str, name: str, keys: list[str], pattern: str, examples: tuple[str, ...]) -> dict[str, str]:
@@ -320,11 +333,15 @@ def get_act(name: str) -> ActFormat:
     clip = float(clip[5:]) if clip.startswith("fixed") else clip
     if static and "group" in keys:
         raise FormatError(f"{kind} {text!r}: {keys['group']} (allowed: with token)")
-    if "bitnet" in keys and (m[1] not in ("int8", "int4") or static or keys.keys() - {"bitnet", "clip"}):
+    if "bitnet" in keys and (m[1] not in ("int8", "int4") or static or keys.keys() - {"bitnet", "clip", "top"}):
         raise FormatError(f"{kind} {text!r}: bitnet (allowed: int8:token:bitnet, int4:token:bitnet)")
+    if "top" in keys and (static or grid.asym or "group" in keys):
+        raise FormatError(f"{kind} {text!r}: {keys['top']} (allowed: with token, without groups and asym)")
     if grid.fp8 and clip == "rounded":
         raise FormatError(f"{kind} {text!r}: rounded (allowed for fp8: clip, fixedC)")
-    return ActFormat(grid, static, int(keys["group"][1:]) if "group" in keys else None, "bitnet" in keys, clip)
+    group = int(keys["group"][1:]) if "group" in keys else None
+    top = int(keys["top"][3:]) if "top" in keys else None
+    return ActFormat(grid, static, group, "bitnet" in keys, clip, top)
 
 
 def shown(x: float) -> str:

@@ -248,14 +248,16 @@ class Integer(Uniform):
     arXiv 2502.02631): `{-3, -1, 1, 3} a / 4`.
 
     `int1` has two levels, `+s` and `-s` (codes +1 and -1, one bit stored; sign(0) = +1) with `s = mean|w|`, the least
-    squares scale for signs (XNOR-Net; BitNet's beta). `int1:asym` is the asymmetric rule at N = 1: the levels are
-    `{0, s}` or `{-s, 0}`, which suits weights of one sign. Trained scales follow LSQ (arXiv 1902.08153), zero points
-    EfficientQAT (arXiv 2407.11062).
+    squares scale for signs (XNOR-Net; BitNet's beta). `centered` gives +s to what is at least the mean of the weights
+    (BitNet, arXiv 2310.11453, eqs. 1 to 3; the scale stays that of the uncentered ones). `int1:asym` is the asymmetric
+    rule at N = 1: the levels are `{0, s}` or `{-s, 0}`, which suits weights of one sign. Trained scales follow LSQ
+    (arXiv 1902.08153), zero points EfficientQAT (arXiv 2407.11062).
     """
 
     width: int = 4
     asym: bool = False
     midrise: bool = False
+    centered: bool = False
     calibration: str = "absmax"
 
     @property
@@ -266,6 +268,7 @@ class Integer(Uniform):
             [group]
             + ["asym"] * self.asym
             + ["midrise"] * self.midrise
+            + ["centered"] * self.centered
             + ([] if self.calibration == default else [self.calibration])
         )
         return ":".join([f"int{self.width}", *keys, *self._keys()])
@@ -320,12 +323,18 @@ class Integer(Uniform):
 
     def quantize(self, w_OI: Float[Array, "O I"], stored: Params) -> Int[Array, "O I"]:
         if self.signs:
-            return jnp.where(w_OI >= 0, 1, -1).astype(jnp.int32)
+            return jnp.where(w_OI >= (self.center(w_OI) if self.centered else 0), 1, -1).astype(jnp.int32)
         if not self.midrise:
             return super().quantize(w_OI, stored)
         # Half to even as in ParetoQ: 0 goes to +1, 2 s to +1 and -2 s to -3.
         code = 2 * jnp.round(0.5 * (w_OI / spread(stored["scale"], w_OI.shape)) - 0.5) + 1
         return jnp.clip(code, *map(float, self.levels)).astype(jnp.int32)
+
+    def center(self, w_OI: Float[Array, "O I"]) -> Float[Array, "#O I"]:
+        """The mean of what shares a scale, the same bits in any program."""
+        blocks = self.blocks(w_OI)
+        mean = self.mean(jnp.maximum(blocks, 0)) - self.mean(jnp.maximum(-blocks, 0))
+        return spread(mean, w_OI.shape)
 
     def pack_codes(self, codes_OI: Int[Array, "O I"]) -> Array:
         return pack((codes_OI - self.levels[0]) >> 1, self.width) if self.odd else super().pack_codes(codes_OI)
@@ -368,6 +377,7 @@ _KINDS = {
     "granularity": r"tensor|channel|g([1-9]\d*)",
     "zero": r"asym",
     "rise": r"midrise",
+    "center": r"centered",
     "calibration": r"absmax|signmax|minmax|mse|signmse|absmean",
     "clip": r"clip|rounded|lsq|paretoq|fixed(\d+(?:\.\d+)?)",
     "compat": r"paretoq-compat",
@@ -378,6 +388,7 @@ _SAMPLES = {
     "granularity": ["tensor", "channel", "g64"],
     "zero": ["asym"],
     "rise": ["midrise"],
+    "center": ["centered"],
     "calibration": ["absmax", "signmax", "minmax", "mse", "signmse"],
     "clip": ["clip", "rounded", "lsq", "paretoq", "fixed2"],
     "compat": ["paretoq-compat"],
@@ -401,7 +412,7 @@ def parse_keys(family: str, keys: list[str], kinds: list[str]) -> dict[str, Any]
             elif kind == "clip":
                 found[kind] = float(m[1]) if m[1] else {"clip": "inclusive"}.get(key, key)
             else:
-                found[kind] = True if kind in ("zero", "rise") else key
+                found[kind] = True if kind in ("zero", "rise", "center") else key
             break
         else:
             raise FormatError(str(unknown(f"key of {family}", key, [s for k in kinds for s in _SAMPLES[k]])))
@@ -415,11 +426,15 @@ def _default_calibration(width: int, asym: bool) -> str:
 def _parser(width: int):
     def parse(keys: list[str]) -> Format:
         family = f"int{width}"
-        found = parse_keys(family, keys, ["granularity", "zero", "rise", "calibration", "clip", "storage"])
+        kinds = ["granularity", "zero", "rise", "center", "calibration", "clip", "storage"]
+        found = parse_keys(family, keys, kinds)
         asym, midrise = found.pop("zero", False), found.pop("rise", False)
         if midrise and (asym or width == 1):
             what = "asym" if asym else family
             raise FormatError(f"{what} with midrise (allowed: int2 to int8 without asym; int1 is mid-rise already)")
+        if found.get("center") and (asym or width != 1):
+            raise FormatError(f"centered of {'asymmetric ' if asym else ''}{family} (allowed: int1 without asym)")
+        found["centered"] = found.pop("center", False)
         default = _default_calibration(width, asym)
         calibration = found.pop("calibration", default)
         allowed = (
@@ -441,7 +456,7 @@ def _parser(width: int):
 
 # Every two of width, granularity, zero point and calibration occur together (int1 without a zero point: absmean only).
 _EXAMPLES = {
-    1: ["int1", "int1:channel:paretoq", "int1:g64", "int1:tensor:asym", "int1:g64:asym:mse"],
+    1: ["int1", "int1:channel:paretoq", "int1:tensor:centered", "int1:g64", "int1:tensor:asym", "int1:g64:asym:mse"],
     2: [
         "int2:channel:midrise",
         "int2:g64:midrise:mse:paretoq",

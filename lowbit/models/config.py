@@ -1,4 +1,4 @@
-"""One description for every supported decoder: Llama, Mistral, Qwen2, Qwen3, Gemma 2 and 3 are settings of it.
+"""One description for every supported decoder: Llama, Mistral, Qwen2, Qwen3, Gemma 2 and 3, BitNet are settings of it.
 
 `from_hf` reads a Hugging Face `config.json` (either rope spelling: `rope_theta` + `rope_scaling`, or
 `rope_parameters`), `to_hf` writes one that `transformers` loads.
@@ -9,8 +9,8 @@ from typing import Any, Literal
 
 from lowbit.errors import InputError, unknown
 
-Family = Literal["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text"]
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text")
+Family = Literal["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "bitnet"]
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "bitnet")
 ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
     "mistral": "MistralForCausalLM",
@@ -18,6 +18,7 @@ ARCHITECTURES = {
     "qwen3": "Qwen3ForCausalLM",
     "gemma2": "Gemma2ForCausalLM",
     "gemma3_text": "Gemma3ForCausalLM",
+    "bitnet": "BitNetForCausalLM",
 }
 
 
@@ -65,6 +66,8 @@ class ModelConfig:
     sliding_layers: tuple[bool, ...] = ()  # per layer; () means none
     input_norm: bool = True  # False: no norm before attention and MLP (bit-llama2 has it inside each linear)
     linear_norm: bool = False  # parameter-free RMS norm on the input of every block linear
+    # BitNet's SubLN, RMS norms with a weight: "sub" before o_proj and down_proj, "per_linear" before each block linear
+    sub_norm: Literal["none", "sub", "per_linear"] = "none"
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
 
@@ -106,6 +109,11 @@ class ModelConfig:
                     out[p + "self_attn.q_norm"] = out[p + "self_attn.k_norm"] = (hd,)
             if self.input_norm:
                 out[p + "input_layernorm"] = out[p + "post_attention_layernorm"] = (d,)
+            if self.sub_norm == "sub":
+                out[p + "self_attn.attn_sub_norm"] = (self.num_heads * hd,)
+                out[p + "mlp.ffn_sub_norm"] = (self.intermediate_size,)
+            if self.sub_norm == "per_linear":
+                out |= {f"{p}{name}_norm": (shape[1],) for name, shape in self.linear_shapes().items()}
             if self.sandwich_norm:
                 out[p + "pre_feedforward_layernorm"] = out[p + "post_feedforward_layernorm"] = (d,)
         out["model.norm"] = (d,)
@@ -157,6 +165,14 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         "sliding_window_pattern": 6,
         "rope_local_base_freq": 10000.0,
     },
+    "bitnet": {
+        "max_position_embeddings": 2048,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 500000.0,
+        "hidden_act": "relu2",
+        "bos_token_id": 128000,
+        "eos_token_id": 128001,
+    },
 }
 _ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu", "relu2": "relu2"}
 
@@ -195,8 +211,11 @@ def from_hf(hf: dict[str, Any]) -> ModelConfig:
     if act not in _ACTIVATIONS:
         raise unknown("hidden_act", act, _ACTIVATIONS)
     eos = hf.get("eos_token_id")
-    bias = bool(hf.get("attention_bias", False)) and family in ("llama", "qwen3", "gemma2", "gemma3_text")
+    bias = bool(hf.get("attention_bias", False)) and family in ("llama", "qwen3", "gemma2", "gemma3_text", "bitnet")
     ours = hf.get("lowbit", {})
+    sub_norm = ours.get("sub_norm", "sub" if family == "bitnet" else "none")
+    if sub_norm not in ("none", "sub", "per_linear"):
+        raise unknown("sub_norm", sub_norm, ("none", "sub", "per_linear"))
     return ModelConfig(
         family=family,
         vocab_size=number("vocab_size"),
@@ -227,6 +246,7 @@ def from_hf(hf: dict[str, Any]) -> ModelConfig:
         sliding_layers=sliding,
         input_norm=bool(ours.get("input_norm", True)),
         linear_norm=bool(ours.get("linear_norm", False)),
+        sub_norm=sub_norm,
         bos_token_id=hf.get("bos_token_id"),
         eos_token_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
     )
@@ -273,7 +293,7 @@ def _sliding(hf: dict[str, Any], family: str, layers: int) -> tuple[int | None, 
     if window is None or (family in ("qwen2", "qwen3") and not hf.get("use_sliding_window", False)):
         return None, ()
     types = hf.get("layer_types")
-    if family == "llama":
+    if family in ("llama", "bitnet"):
         flags = ()
     elif family == "mistral":
         flags = (True,) * layers
@@ -330,11 +350,11 @@ def to_hf(c: ModelConfig, dtype: str = "bfloat16", native: bool = False) -> dict
                 "high_freq_factor": s.high_freq_factor,
                 "original_max_position_embeddings": s.original_max_position,
             }
-    if c.family in ("llama", "qwen3", "gemma2", "gemma3_text"):
+    if c.family in ("llama", "qwen3", "gemma2", "gemma3_text", "bitnet"):
         out["attention_bias"] = c.o_bias
     if c.family == "llama":
         out["mlp_bias"] = c.mlp_bias
-    if c.family != "llama":
+    if c.family not in ("llama", "bitnet"):
         out["sliding_window"] = c.sliding_window
     if c.sliding_window is not None and c.family != "mistral":  # Mistral slides everywhere
         out["layer_types"] = ["sliding_attention" if s else "full_attention" for s in c.sliding]
@@ -346,8 +366,9 @@ def to_hf(c: ModelConfig, dtype: str = "bfloat16", native: bool = False) -> dict
         out["attn_logit_softcapping"] = c.attn_softcap
     if c.family == "gemma3_text":
         out["rope_local_base_freq"] = c.rope_local_theta
-    if native and (c.linear_norm or not c.input_norm):
-        out["lowbit"] = {"input_norm": c.input_norm, "linear_norm": c.linear_norm}
+    own_norms = c.sub_norm != ("sub" if c.family == "bitnet" else "none")
+    if native and (c.linear_norm or not c.input_norm or own_norms):
+        out["lowbit"] = {"input_norm": c.input_norm, "linear_norm": c.linear_norm, "sub_norm": c.sub_norm}
     back = from_hf(out)
     same = dataclasses.replace(c, sliding_layers=c.sliding if c.sliding_window else ())
     if gemma and c.query_scale is None:

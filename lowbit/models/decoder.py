@@ -128,6 +128,8 @@ def _activation(config: ModelConfig, x: Array) -> Array:
 def _linear(config: ModelConfig, inputs: dict[str, Array] | None, layer: Tree, name: str, x: Array) -> Array:
     if config.linear_norm:
         x = rms_norm(x, None, config.norm_eps)
+    if config.sub_norm == "per_linear":
+        x = rms_norm(x, layer[name + "_norm"], config.norm_eps)
     if inputs is not None:
         inputs[name] = prepared(x, layer[name])
     y = qdot(x, layer[name])
@@ -170,7 +172,7 @@ def _layer(
     scale = config.query_scale if config.query_scale is not None else config.head_dim**-0.5
     out = caches.rotated_back(v_site, attend(q, *seen, mask, scale, config.attn_softcap))
     out = rearrange(out, "B T H D -> B T (H D)")
-    h = linear(attn, "o_proj", out)
+    h = linear(attn, "o_proj", norm(out, attn["attn_sub_norm"]) if config.sub_norm == "sub" else out)
     if config.sandwich_norm:
         h = norm(h, layer["post_attention_layernorm"])
     x_BTD = x_BTD + h
@@ -178,7 +180,7 @@ def _layer(
     before_mlp = "pre_feedforward_layernorm" if config.sandwich_norm else "post_attention_layernorm"
     h = norm(x_BTD, layer[before_mlp]) if config.input_norm else x_BTD
     h = _activation(config, linear(mlp, "gate_proj", h)) * linear(mlp, "up_proj", h)
-    h = linear(mlp, "down_proj", h)
+    h = linear(mlp, "down_proj", norm(h, mlp["ffn_sub_norm"]) if config.sub_norm == "sub" else h)
     if config.sandwich_norm:
         h = norm(h, layer["post_feedforward_layernorm"])
     return x_BTD + h, past

@@ -61,4 +61,4 @@ def names() -> list[str]:
 
 def _load_all() -> None:
     # Each module registers its recipes.
-    from lowbit.qat import dorefa, lsq, paretoq, ste  # noqa: F401
+    from lowbit.qat import bitnet, dorefa, lsq, paretoq, ste  # noqa: F401

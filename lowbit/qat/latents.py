@@ -17,7 +17,7 @@ from lowbit.formats.activation import ActFormat
 from lowbit.formats.base import Format, Latent, Params, QTensor
 from lowbit.formats.fake_quant import PreparedInput
 from lowbit.formats.kv import KVFormat
-from lowbit.models.cache import attach
+from lowbit.models.cache import CacheSite, attach
 from lowbit.tree import Tree
 
 INPUT = ":in"
@@ -69,6 +69,21 @@ def prepare(params: Tree, assignment: Assignment, start: Start, stored: Stored |
         return w if act is None else PreparedInput(w, act, None, dict(stored.get(path, {})))
 
     return trees.map_leaves(one, params)
+
+
+def masters(params: Tree) -> Tree:
+    """What `prepare` was given, as it is trained by now: latents as their float32 masters, inputs and caches without
+    formats. Online transforms stay."""
+
+    def one(path: str, leaf: Any) -> Any:
+        if isinstance(leaf, PreparedInput):
+            w = one(path, leaf.w)
+            return w if leaf.op is None else PreparedInput(w, op=leaf.op)
+        return leaf.w if isinstance(leaf, Latent) else leaf
+
+    caches = {p: s for p, s in trees.items(params) if isinstance(s, CacheSite) and s.op is not None}
+    kept = {p: one(p, leaf) for p, leaf in trees.items(params) if not isinstance(leaf, CacheSite)}
+    return trees.build(kept | {p: CacheSite(None, s.op) for p, s in caches.items()})
 
 
 def convert(params: Tree) -> Tree:

@@ -34,7 +34,7 @@ from lowbit.models.model import Model
 from lowbit.ptq import calibrate
 from lowbit.rotations import quarot
 from lowbit.rotations.base import Transform, no_more, number_of, register
-from lowbit.rotations.fold import State, fold_tree
+from lowbit.rotations.fold import State, check_norms, fold_tree
 from lowbit.rotations.learn import Progress, as_jax, default_assignment, dress, finite
 from lowbit.rotations.smoothquant import scales
 from lowbit.tree import Tree
@@ -80,6 +80,7 @@ def fit(
     is no longer finite.
     """
     c, o = model.config, options
+    check_norms(c)
     if not c.input_norm:
         raise InputError(f"flatquant of {model.source or 'a model'}, which has no norm before its linears")
     assignment = default_assignment(c) if assignment is None else assignment

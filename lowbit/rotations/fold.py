@@ -66,6 +66,15 @@ def check_residual(config: ModelConfig, offer: str = "") -> None:
         raise InputError(f"rotation of the residual stream (R1) of a {config.family} model: {SANDWICH}{offer}")
 
 
+def check_norms(config: ModelConfig) -> None:
+    """Raises `InputError` for a model with norms right before its linears (SubLN), which transforms do not fold."""
+    if config.sub_norm != "none":
+        raise InputError(
+            f"transform of a model with sub_norm {config.sub_norm!r}: norms lie between a transform and its inverse "
+            "(allowed: recipe bitnet-v2, which trains with online Hadamard transforms)"
+        )
+
+
 def norm_before(config: ModelConfig, path: str) -> str | None:
     """The norm whose output the linear at `path` reads, None if there is none."""
     if path == "lm_head":
@@ -130,6 +139,7 @@ def fold(params: Tree, config: ModelConfig, state: State, dtype: Any = np.float3
     Raises `InputError` for packed or latent weights (fold before quantizing), for weights that have an online transform
     already, and for what the architecture does not allow.
     """
+    check_norms(config)
     if state.norms or state.residual is not None:
         check_residual(config)
     untied = config.tied and (state.norms or state.residual is not None)

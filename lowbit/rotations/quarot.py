@@ -25,7 +25,7 @@ from lowbit.linalg.online import Hadamard
 from lowbit.models.config import ModelConfig
 from lowbit.models.model import Model
 from lowbit.rotations.base import Transform, no_more, number_of, parts_of, register
-from lowbit.rotations.fold import State, check_residual
+from lowbit.rotations.fold import State, check_norms, check_residual
 
 PARTS = ("r1", "heads", "r3", "r4")
 FALLBACKS = ("dct", "blocks")
@@ -45,6 +45,7 @@ def fit(
     """The state of QuaRot for a model; needs no data. Raises `InputError` for sizes without a Hadamard matrix under
     `fallback="refuse"`, naming the size, and for R1 of a model with sandwich norms."""
     c = model.config
+    check_norms(c)
     layers = range(c.num_layers)
     residual, heads, inputs, caches = None, {}, {}, {}
     if "r1" in parts:

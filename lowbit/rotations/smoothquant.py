@@ -24,7 +24,7 @@ from lowbit.models.config import ModelConfig
 from lowbit.models.model import Model
 from lowbit.ptq import calibrate
 from lowbit.rotations.base import Transform, no_more, number_of, register
-from lowbit.rotations.fold import State, norm_before
+from lowbit.rotations.fold import State, check_norms, norm_before
 
 LEAST = 1e-5  # of a channel's largest magnitude: a channel that is always zero would otherwise divide by it
 
@@ -41,6 +41,7 @@ def fit(
 ) -> State:
     """The scales for a model from the largest magnitudes on `rows` rows of the text. Raises `InputError` for models
     without norms before the linears, which have nothing that `1/s` could go into."""
+    check_norms(model.config)
     if not model.config.input_norm:
         raise InputError(f"smoothquant of {model.source or 'a model'}, which has no norm before its linears")
     stats = calibrate.model_statistics(model, list(documents or ()), rows)

@@ -36,7 +36,7 @@ from lowbit.models.decoder import forward
 from lowbit.models.model import Model
 from lowbit.rotations import quarot
 from lowbit.rotations.base import Transform, no_more, number_of, parts_of, register
-from lowbit.rotations.fold import State, apply, caches, check_residual, fold, fold_tree
+from lowbit.rotations.fold import State, apply, caches, check_norms, check_residual, fold, fold_tree
 from lowbit.rotations.learn import Progress, activations_only, as_jax, batches, default_assignment, dress, finite
 from lowbit.tree import Tree
 
@@ -104,6 +104,7 @@ def learn(
     The model is float: put the plan on it with a solver, or with `Latent`s as the next recipe's start. `progress` keeps
     rotations only, so it cannot go together with `weight_lr` (`InputError`).
     """
+    check_norms(model.config)
     c, o = model.config, options
     if o.weight_lr and progress is not None:
         raise InputError(f"transform {name}: progress with weight_lr {o.weight_lr} (allowed: one of the two)")

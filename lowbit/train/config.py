@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from lowbit.errors import InputError, unknown
 
-SCHEDULES = ("constant", "cosine", "linear", "wsd")
+SCHEDULES = ("constant", "cosine", "linear", "wsd", "two-stage")
 OPTIMIZERS = ("adamw", "adam", "sgd", "lion", "muon")
 LOSSES = ("ce", "kl", "mixed")
 DTYPES = ("float32", "bfloat16")
@@ -32,9 +32,10 @@ class TrainConfig:
 
     optimizer: Literal["adamw", "adam", "sgd", "lion", "muon"] = "adamw"
     lr: float = 1e-3
-    schedule: Literal["constant", "cosine", "linear", "wsd"] = "cosine"
+    schedule: Literal["constant", "cosine", "linear", "wsd", "two-stage"] = "cosine"
     warmup: int = 0
     decay: float = 0.2  # last fraction of the steps in which "wsd" decays
+    lr_second: float = 2 / 3  # peak of the second half of "two-stage" (BitNet), times lr
     lr_end: float = 0.1  # final over peak learning rate of every schedule but "constant"
     scale_lr: float = 0.1  # learning rate of what formats learn (scales, zero points), times lr
     lr_groups: tuple[tuple[str, float], ...] = ()  # (regex over names, factor of lr), first match wins, 0 freezes
@@ -42,8 +43,11 @@ class TrainConfig:
     b2: float = 0.95
     eps: float = 1e-8
     weight_decay: float = 0.0  # of matrices only, never of norms, biases, embeddings or scales
+    decay_until: float = 1.0  # fraction of the steps after which weight_decay is exactly 0 (BitNet: 0.5)
     scale_decay: float = 0.0  # weight decay of what formats learn: PACT's L2 penalty
     clip: float = 1.0  # global gradient norm; 0: no clipping
+
+    quant_warmup: int = 0  # steps in which the share of quantization rises from 0 to 1, in weights and inputs
 
     dtype: Literal["float32", "bfloat16"] = "float32"  # of compute; masters are float32
     remat: Literal["none", "full", "dots"] = "none"
@@ -76,8 +80,9 @@ class TrainConfig:
             raise InputError(
                 f"microbatches is {self.microbatches} (allowed: a divisor of batch_size {self.batch_size})"
             )
-        if self.warmup > self.steps:
-            raise InputError(f"warmup is {self.warmup} (allowed: at most steps, {self.steps})")
+        for name in ("warmup", "quant_warmup"):
+            if getattr(self, name) > self.steps:
+                raise InputError(f"{name} is {getattr(self, name)} (allowed: at most steps, {self.steps})")
         if any(n == 0 or n < -1 for n in self.mesh) or list(self.mesh).count(-1) > 1:
             raise InputError(f"mesh is {self.mesh} (allowed: three device counts, at most one of them -1)")
 
@@ -98,13 +103,16 @@ _RANGES = (
     ("kl_weight", 0, 1),
     ("warmup", 0, math.inf),
     ("decay", 0, 1),
+    ("lr_second", 0, math.inf),
     ("lr_end", 0, 1),
     ("scale_lr", 0, math.inf),
     ("b1", 0, 1),
     ("b2", 0, 1),
     ("eps", 0, math.inf),
     ("weight_decay", 0, math.inf),
+    ("decay_until", 0, 1),
     ("scale_decay", 0, math.inf),
+    ("quant_warmup", 0, math.inf),
     ("clip", 0, math.inf),
     ("loss_chunk", 0, math.inf),
     ("log_every", 1, math.inf),

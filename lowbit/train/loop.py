@@ -10,7 +10,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,7 +24,7 @@ from lowbit.train.checkpoint import Checkpoints, Meta
 from lowbit.train.config import TrainConfig
 from lowbit.train.objective import Objective
 from lowbit.train.params import Flat, unflatten
-from lowbit.train.step import Setup, abstract, prepare
+from lowbit.train.step import Setup, abstract, carried, prepare
 from lowbit.tree import Tree
 
 Batches = Callable[[int], Mapping[str, Any]]
@@ -33,6 +33,15 @@ Record = dict[str, int | float]
 
 class TrainingDiverged(InputError):
     """A loss, gradient or parameter is no longer finite. No checkpoint was overwritten, nor one of these written."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """From update number `step` (counted from 0) on, what is trained is `change` of what was: another bit width, other
+    activation formats. The optimizer keeps the state of every array that keeps its name and shape."""
+
+    step: int
+    change: Callable[[Tree], Tree]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +71,7 @@ def train(
     on_resume: Callable[[int], None] | None = None,
     evaluate: Callable[[Tree], float] | None = None,
     on_evaluate: Callable[[int, float], None] | None = None,
+    stages: Sequence[Stage] = (),
 ) -> Result:
     """Trains `params` for `config.steps` steps on `batch(0), batch(1), ...`.
 
@@ -78,13 +88,13 @@ def train(
       on_resume: gets the step from which training continues, so that later records can be dropped.
       evaluate: a number to minimise, computed at each save; the best checkpoint is kept too.
       on_evaluate: gets the step and that number.
+      stages: changes of `params` on the way, in order.
 
     Raises:
       TrainingDiverged: on a loss, gradient norm or parameter that is not finite, before it could be saved.
       InputError: on anything that cannot be: a full disk, another configuration, a mesh that does not fit.
     """
-    setup = prepare(params, objective, config, teacher)
-    learned, frozen = setup.learned, setup.frozen
+    _check_stages(stages, config)
     identity = config.fingerprint() | dict(fingerprint or {})
     history: list[Record] = []
     with contextlib.ExitStack() as stack:
@@ -92,6 +102,11 @@ def train(
         if directory is not None:
             checkpoints = stack.enter_context(contextlib.closing(Checkpoints(directory, config.keep)))
         start = _latest(checkpoints, resume)
+        ahead = list(stages)
+        while ahead and ahead[0].step < start:
+            params = ahead.pop(0).change(params)
+        setup = prepare(params, objective, config, teacher)
+        learned, frozen = setup.learned, setup.frozen
         if checkpoints is not None and start:
             learned, opt = _resume(checkpoints, start, setup, identity)
         else:
@@ -134,6 +149,11 @@ def train(
         stop = stack.enter_context(_signals())
         step, waiting, clock = start, None, _Clock()
         while step < config.steps and not stop.is_set():
+            if ahead and ahead[0].step == step:
+                changed = ahead.pop(0).change(unflatten(learned | frozen, setup.layout))
+                setup = prepare(changed, objective, config, teacher)
+                learned, frozen = setup.learned, setup.frozen
+                opt = carried(opt, setup.init(learned))
             rows = sharding.place_batch(_checked(batch(step), config, step), setup.sharding.mesh)
             learned, opt, metrics = setup.step(learned, opt, frozen, setup.teacher, rows)
             step += 1
@@ -159,6 +179,12 @@ def train(
     kept = f"saved in {checkpoints.directory}, continue with --resume" if checkpoints else "nothing was saved"
     message = f"stopped after step {step} of {config.steps}: {kept}" if stopped else f"finished {step} steps"
     return Result(final, step, "stopped" if stopped else "finished", message, history, setup.sharding.whole, best)
+
+
+def _check_stages(stages: Sequence[Stage], config: TrainConfig) -> None:
+    steps = [s.step for s in stages]
+    if steps != sorted(set(steps)) or any(not 0 < s < config.steps for s in steps):
+        raise InputError(f"stages at steps {steps} (allowed: rising, from 1 to {config.steps - 1})")
 
 
 def _latest(checkpoints: Checkpoints | None, resume: bool) -> int:

@@ -17,6 +17,8 @@ def schedule(config: TrainConfig) -> optax.Schedule:
 
     `warmup` rises linearly from `lr / warmup` to `lr`; then `constant`, half a `cosine`, `linear`, or `wsd` (constant,
     then linear over the last `decay` of all steps: Hu et al. 2024, arXiv 2404.06395), ending at `lr * lr_end`.
+    `two-stage` is BitNet b1.58's ("The Era of 1-bit LLMs: Training Tips, Code and FAQ"): a line from `lr` to 0 over all
+    steps, which from half of them on is the line from `lr * lr_second`.
     """
     if config.schedule not in SCHEDULES:
         raise unknown("schedule", config.schedule, SCHEDULES)
@@ -29,6 +31,9 @@ def schedule(config: TrainConfig) -> optax.Schedule:
         match config.schedule:
             case "constant":
                 shape = jnp.ones(())
+            case "two-stage":
+                second = jnp.where(t >= config.steps / 2, config.lr_second, 1.0)
+                shape = second * (1 - t / config.steps)
             case "cosine":
                 shape = config.lr_end + (1 - config.lr_end) * 0.5 * (1 + jnp.cos(jnp.pi * p))
             case _:  # linear, and the decay of wsd
@@ -67,7 +72,9 @@ def build(config: TrainConfig, params: Mapping[str, Any], scale: Mapping[str, fl
     parts = [optax.clip_by_global_norm(config.clip)] if config.clip else []
     parts.append(_direction(config, mask))
     if config.weight_decay:
-        parts.append(optax.add_decayed_weights(config.weight_decay, mask))
+        last = config.decay_until * config.steps
+        amount = lambda count: jnp.where(count < last, config.weight_decay, 0.0)  # noqa: E731
+        parts.append(optax.add_decayed_weights(amount if config.decay_until < 1 else config.weight_decay, mask))
     if config.scale_decay:
         parts.append(optax.add_decayed_weights(config.scale_decay, {n: ":" in n for n in params}))
     parts.append(optax.stateless(lambda u, _: {n: scale[n] * u[n] for n in u}))

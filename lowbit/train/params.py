@@ -5,6 +5,7 @@ groups, sharding rules and checkpoints need not know which. What a format adds g
 `model.layers.0.mlp.up_proj` is `model.layers.0.mlp.up_proj:scale`, packed codes are `...:codes`.
 """
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -79,6 +80,17 @@ def unflatten(flat: Mapping[str, Any], layout: Layout) -> Tree:
             raise InputError(f"parameters have no {e.args[0]!r} (needed for {path})") from e
         out[path] = online.restore(leaf, {k: entry[k] for k in ("input", "online") if k in entry}, own)
     return trees.build(out)
+
+
+def mixed(params: Tree, mix: Any) -> Tree:
+    """The tree whose latents and quantized inputs are only `mix`, a scalar, of the way to their grids."""
+
+    def one(path: str, leaf: Any) -> Any:
+        if isinstance(leaf, PreparedInput):
+            return dataclasses.replace(leaf, w=one(path, leaf.w), mix=None if leaf.act is None else mix)
+        return dataclasses.replace(leaf, mix=mix) if isinstance(leaf, Latent) else leaf
+
+    return trees.map_leaves(one, params)
 
 
 def trainable(layout: Layout) -> set[str]:

@@ -15,7 +15,7 @@ from lowbit.errors import InputError
 from lowbit.train import optimizer, sharding
 from lowbit.train.config import TrainConfig
 from lowbit.train.objective import Objective
-from lowbit.train.params import Flat, Layout, flatten, trainable, unflatten
+from lowbit.train.params import Flat, Layout, flatten, mixed, trainable, unflatten
 from lowbit.train.sharding import Sharding
 from lowbit.tree import Tree
 
@@ -72,12 +72,18 @@ def build(
     opt_shape = jax.eval_shape(init, masters)
     opt_where = sharding.like(opt_shape, where)
 
-    def totals(frozen: Flat, goal: Flat) -> Callable[[Flat, dict[str, Array]], tuple[Array, Array]]:
+    def totals(frozen: Flat, goal: Flat, mix: Any = None) -> Callable[[Flat, dict[str, Array]], tuple[Array, Array]]:
         teacher = unflatten(goal, goal_layout) if goal else None
-        return lambda learned, part: objective(unflatten(learned | frozen, layout), teacher, part)
+
+        def total(learned: Flat, part: dict[str, Array]) -> tuple[Array, Array]:
+            student = unflatten(learned | frozen, layout)
+            return objective(student if mix is None else mixed(student, mix), teacher, part)
+
+        return total
 
     def step(learned: Flat, opt: Any, frozen: Flat, goal: Flat, batch: dict[str, Array]) -> Any:
-        loss, tokens, grads = accumulate(totals(frozen, goal), learned, batch, config.microbatches, mesh)
+        mix = jnp.minimum(opt["step"] / config.quant_warmup, 1.0) if config.quant_warmup else None
+        loss, tokens, grads = accumulate(totals(frozen, goal, mix), learned, batch, config.microbatches, mesh)
         lr = optimizer.schedule(config)(opt["step"])
         updates, state = tx.update(grads, opt["optax"], learned)
         learned = optax.apply_updates(learned, updates)
@@ -132,6 +138,17 @@ def split(batch: dict[str, Array], microbatches: int, mesh: Mesh) -> dict[str, A
     spec = NamedSharding(mesh, PartitionSpec(None, sharding.BATCH))
     parts = {n: rearrange(a, "(b m) ... -> m b ...", m=microbatches) for n, a in batch.items()}
     return jax.lax.with_sharding_constraint(parts, spec)
+
+
+def carried(old: Any, new: Any) -> Any:
+    """The optimizer state `new` with what `old` has of it: leaves at the same place and of the same shape."""
+    have = {jax.tree_util.keystr(k): a for k, a in jax.tree_util.tree_leaves_with_path(old)}
+
+    def one(path: Any, leaf: Array) -> Array:
+        before = have.get(jax.tree_util.keystr(path))
+        return leaf if before is None or before.shape != leaf.shape else before
+
+    return jax.tree_util.tree_map_with_path(one, new)
 
 
 def abstract(tree: Any, shardings: Any) -> Any:

@@ -15,8 +15,11 @@ def test_round_trip(name):
 
 
 def test_native_keeps_what_transformers_has_not():
+    for sub_norm in ("sub", "per_linear"):
+        config = dataclasses.replace(LLAMA, sub_norm=sub_norm)
+        assert from_hf(to_hf(config, native=True)) == config
+    assert from_hf(to_hf(CONFIGS["bit"], native=True)) == CONFIGS["bit"]
     config = CONFIGS["bit"]
-    assert from_hf(to_hf(config, native=True)) == config
     with pytest.raises(InputError, match="LlamaForCausalLM cannot have this decoder's input_norm, linear_norm"):
         to_hf(config)
 
@@ -27,6 +30,8 @@ def test_native_keeps_what_transformers_has_not():
         ({"qk_norm": True}, "qk_norm"),
         ({"qkv_bias": True}, "qkv_bias"),
         ({"sliding_window": 8, "sliding_layers": (True,) * 3}, "sliding_window"),
+        ({"sub_norm": "sub"}, "sub_norm"),
+        ({"family": "bitnet"}, "sub_norm"),
         ({"embed_scale": 2.0}, "embed_scale"),
         ({"family": "mistral", "sliding_window": 8, "sliding_layers": (True, False, True)}, "sliding_layers"),
     ],

@@ -58,6 +58,7 @@ CASES = {  # name: (transformers class prefix, settings)
         | dict(attn_logit_softcapping=5.0, final_logit_softcapping=3.0),
     ),
     "gemma3": ("Gemma3Text", dict(**LAYERS7, query_pre_attn_scalar=24, rope_parameters=GEMMA3_ROPE)),
+    "bitnet": ("BitNet", dict(hidden_act="relu2", rope_theta=500000.0, pad_token_id=0)),
     "gemma3-softcap": ("Gemma3Text", dict(**LAYERS7, query_pre_attn_scalar=24, final_logit_softcapping=3.0)),
 }
 CLASSES = {"Gemma3Text": "Gemma3ForCausalLM"}

@@ -49,6 +49,7 @@ CONFIGS = {
         sliding_layers=(True, True, False),
         **GEMMA,
     ),
+    "bitnet": dataclasses.replace(LLAMA, family="bitnet", sub_norm="sub", activation="relu2", rope_theta=500000.0),
     "bit": dataclasses.replace(LLAMA, input_norm=False, linear_norm=True, tied=True),
 }
 

@@ -79,8 +79,8 @@ def _by_integers(values: tuple[Array, Array], parts: tuple[Array, Array, Array, 
 
 
 def _pinned(scale: Array) -> Array:
-    """The same positive numbers, which a compiler does not see to be products: jitted XLA:CPU computes `(top * (1 / 127)) *
-    s_w` as `top * ((1 / 127) * s_w)`, another last bit. The sign bit of what is not negative is 0 already."""
+    """The same numbers, none negative, which a compiler does not see to be products: jitted XLA:CPU would compute
+    `(top * (1 / 127)) * s_w` as `top * ((1 / 127) * s_w)`, another last bit."""
     bits = jax.lax.bitcast_convert_type(scale, jnp.int32)
     return jax.lax.bitcast_convert_type(jnp.maximum(bits, 0), jnp.float32)
 
