@@ -50,8 +50,8 @@ class Train:
     rules: WordPath = None
     """TOML file of [[rule]] match, format; the first match wins."""
     recipe: str = "ste"
-    """ste: scales follow the weights; ste-learned: scales are trained; lsq, lsq+, paretoq, dorefa, pact: as published
-    (docs/qat.md)."""
+    """ste: scales follow the weights; ste-learned: scales are trained; lsq, lsq+, paretoq, dorefa, pact, bitnet,
+    bitnet-a4.8, bitnet-v2, parq, binary-relax: as published (docs/qat.md)."""
     stages: Annotated[tuple[str, ...], tyro.conf.arg(metavar="STEP:FORMAT")] = ()
     """From update STEP on another format, or STEP:FILE.toml for other rules: gradual bit widths, activations that come
     later. The optimizer's state stays."""
@@ -260,6 +260,7 @@ class Job:
                 evaluate=None if self.held_out is None else self.held_out_loss,
                 on_evaluate=on_evaluate,
                 stages=[Stage(step, partial(self.restart, other)) for step, other in self.later],
+                wrap=self.recipe.wrap,
             )
         data = {"out": str(run.dir), "model": o.model, "status": done.status, "step": done.step, "rows": len(rows)}
         if done.whole:

@@ -102,23 +102,26 @@ class Affine:
         return w + offset if self.offset.any() else w  # adding 0 would turn -0.0 into 0.0
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["w", "params", "mix"], meta_fields=["format"])
+@partial(jax.tree_util.register_dataclass, data_fields=["w", "params", "mix"], meta_fields=["format", "soft"])
 @dataclasses.dataclass(frozen=True)
 class Latent:
     """A weight in training: the full-precision latent `w` and, if the recipe learns them, the format's parameters.
 
     With `params` empty, the format's `init` computes them from `w` at each use and they get no gradient (dynamic
     straight-through quantization). `mix`, a scalar, is how much of the quantized weight the forward pass sees (see
-    `blend`; None: all of it).
+    `blend`; None: all of it). A `soft` one is seen as it is: the optimizer takes it to the grid.
     """
 
     w: Any  # float [*layers, O, I]; not annotated so, as jax rebuilds the node with None or specs in its place
     params: dict[str, Any]
     format: Format
     mix: Any = None
+    soft: bool = False
 
     def value(self) -> Float[Array, "O I"]:
         """The weight that the forward pass sees."""
+        if self.soft:
+            return self.w
         q = self.format.fake_quant(self.w, self.params or self.dynamic_params())
         return q if self.mix is None else blend(self.w, q, self.mix)
 

@@ -1,11 +1,13 @@
 """What a recipe is, and the registry of recipes."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple, Protocol
 
-from lowbit.errors import unknown
+from lowbit.errors import InputError, unknown
 from lowbit.qat import latents
 from lowbit.qat.latents import Assignment, Start, Stored
+from lowbit.train.step import Wrap
 from lowbit.tree import Tree
 
 
@@ -29,15 +31,22 @@ class Recipe(NamedTuple):
     prepare: Prepare
     convert: Convert
     defaults: dict[str, Any]
+    wrap: Wrap | None = None  # of the optimizer (`lowbit.train.loop.train`)
 
 
-_RECIPES: dict[str, Recipe] = {}
+Parse = Callable[[list[str]], Recipe]
+_RECIPES: dict[str, Parse] = {}
 
 
 def register(recipe: Recipe) -> Recipe:
     """Adds a recipe under its name."""
-    _RECIPES[recipe.name] = recipe
+    register_family(recipe.name, partial(_without_keys, recipe))
     return recipe
+
+
+def register_family(name: str, parse: Parse) -> None:
+    """Adds the recipes `NAME[:key...]`; `parse(keys)` gives the one of these keys, or raises `InputError`."""
+    _RECIPES[name] = parse
 
 
 def register_start(name: str, start: Start, defaults: dict[str, Any] | None = None) -> Recipe:
@@ -46,19 +55,26 @@ def register_start(name: str, start: Start, defaults: dict[str, Any] | None = No
 
 
 def get(name: str) -> Recipe:
-    """The recipe of this name. Raises `InputError` with a suggestion."""
+    """The recipe of a name such as `ste` or `qlora:r16`. Raises `InputError` with a suggestion."""
     _load_all()
-    if name not in _RECIPES:
+    family, *keys = str(name).strip().lower().split(":")
+    if family not in _RECIPES:
         raise unknown("recipe", name, _RECIPES)
-    return _RECIPES[name]
+    return _RECIPES[family](keys)
 
 
 def names() -> list[str]:
-    """Names of all recipes."""
+    """Names of all recipes, without keys."""
     _load_all()
     return list(_RECIPES)
 
 
+def _without_keys(recipe: Recipe, keys: list[str]) -> Recipe:
+    if keys:
+        raise InputError(f"recipe {recipe.name} with key {keys[0]!r} (allowed: none)")
+    return recipe
+
+
 def _load_all() -> None:
     # Each module registers its recipes.
-    from lowbit.qat import bitnet, dorefa, lsq, paretoq, ste  # noqa: F401
+    from lowbit.qat import bitnet, dorefa, lsq, paretoq, proximal, ste  # noqa: F401

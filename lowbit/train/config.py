@@ -49,6 +49,10 @@ class TrainConfig:
 
     quant_warmup: int = 0  # steps in which the share of quantization rises from 0 to 1, in weights and inputs
 
+    track_codes: bool = False  # report the shares of codes that change, oscillate and are frozen
+    freeze_above: float = 0.0  # frequency of oscillation from which on a weight is frozen; 0: never
+    freeze_momentum: float = 0.99  # of the moving averages behind that
+
     dtype: Literal["float32", "bfloat16"] = "float32"  # of compute; masters are float32
     remat: Literal["none", "full", "dots"] = "none"
     loss_chunk: int = 0  # positions whose logits exist at once; 0: all
@@ -113,6 +117,8 @@ _RANGES = (
     ("decay_until", 0, 1),
     ("scale_decay", 0, math.inf),
     ("quant_warmup", 0, math.inf),
+    ("freeze_above", 0, 1),
+    ("freeze_momentum", 0, 1),
     ("clip", 0, math.inf),
     ("loss_chunk", 0, math.inf),
     ("log_every", 1, math.inf),

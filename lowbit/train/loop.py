@@ -23,8 +23,9 @@ from lowbit.train import checkpoint, sharding
 from lowbit.train.checkpoint import Checkpoints, Meta
 from lowbit.train.config import TrainConfig
 from lowbit.train.objective import Objective
+from lowbit.train.oscillation import SHARES
 from lowbit.train.params import Flat, unflatten
-from lowbit.train.step import Setup, abstract, carried, prepare
+from lowbit.train.step import Setup, Wrap, abstract, carried, prepare
 from lowbit.tree import Tree
 
 Batches = Callable[[int], Mapping[str, Any]]
@@ -72,6 +73,7 @@ def train(
     evaluate: Callable[[Tree], float] | None = None,
     on_evaluate: Callable[[int, float], None] | None = None,
     stages: Sequence[Stage] = (),
+    wrap: Wrap | None = None,
 ) -> Result:
     """Trains `params` for `config.steps` steps on `batch(0), batch(1), ...`.
 
@@ -89,6 +91,7 @@ def train(
       evaluate: a number to minimise, computed at each save; the best checkpoint is kept too.
       on_evaluate: gets the step and that number.
       stages: changes of `params` on the way, in order.
+      wrap: puts another optimizer around the one that `config` names, given the formats of the latents by name.
 
     Raises:
       TrainingDiverged: on a loss, gradient norm or parameter that is not finite, before it could be saved.
@@ -105,7 +108,7 @@ def train(
         ahead = list(stages)
         while ahead and ahead[0].step < start:
             params = ahead.pop(0).change(params)
-        setup = prepare(params, objective, config, teacher)
+        setup = prepare(params, objective, config, teacher, wrap)
         learned, frozen = setup.learned, setup.frozen
         if checkpoints is not None and start:
             learned, opt = _resume(checkpoints, start, setup, identity)
@@ -142,6 +145,7 @@ def train(
                 raise TrainingDiverged(_diverged(step, "the update gave parameters that are not finite", checkpoints))
             if step % config.log_every == 0 or step in (1, config.steps):
                 record = {"step": step, "loss": loss, "lr": float(metrics["lr"]), "grad_norm": norm}
+                record |= {k: float(metrics[k]) for k in SHARES if k in metrics}
                 history.append(record | {"tokens": tokens, "tokens_per_second": clock.rate()})
                 if on_metrics is not None:
                     on_metrics(history[-1])
@@ -151,7 +155,7 @@ def train(
         while step < config.steps and not stop.is_set():
             if ahead and ahead[0].step == step:
                 changed = ahead.pop(0).change(unflatten(learned | frozen, setup.layout))
-                setup = prepare(changed, objective, config, teacher)
+                setup = prepare(changed, objective, config, teacher, wrap)
                 learned, frozen = setup.learned, setup.frozen
                 opt = carried(opt, setup.init(learned))
             rows = sharding.place_batch(_checked(batch(step), config, step), setup.sharding.mesh)

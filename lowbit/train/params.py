@@ -42,6 +42,7 @@ def flatten(params: Mapping[str, Any]) -> tuple[Flat, Layout]:
             leaf = leaf.w
         if isinstance(leaf, Latent):
             entry |= {"kind": "latent", "format": leaf.format.name, "arrays": sorted(leaf.params)}
+            entry |= {"soft": True} if leaf.soft else {}
             flat[path] = leaf.w
             flat |= {f"{path}:{k}": leaf.params[k] for k in sorted(leaf.params)}
         elif isinstance(leaf, QTensor):
@@ -65,7 +66,7 @@ def unflatten(flat: Mapping[str, Any], layout: Layout) -> Tree:
                     leaf: Any = flat[path]
                 case "latent":
                     extra = {k: flat[f"{path}:{k}"] for k in entry["arrays"]}
-                    leaf = Latent(flat[path], extra, base.get(entry["format"]))
+                    leaf = Latent(flat[path], extra, base.get(entry["format"]), soft=entry.get("soft", False))
                 case "packed":
                     arrays = {k: flat[f"{path}:{k}"] for k in entry["arrays"]}
                     leaf = QTensor(arrays, base.get(entry["format"]), tuple(entry["shape"]), entry["dtype"])

@@ -1,7 +1,7 @@
 """One training step: split parameters into learned and frozen, accumulate gradients, update."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -12,7 +12,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from lowbit.errors import InputError
-from lowbit.train import optimizer, sharding
+from lowbit.formats import base
+from lowbit.formats.base import Format
+from lowbit.train import optimizer, oscillation, sharding
 from lowbit.train.config import TrainConfig
 from lowbit.train.objective import Objective
 from lowbit.train.params import Flat, Layout, flatten, mixed, trainable, unflatten
@@ -36,10 +38,16 @@ class Setup:
     probe: Callable[[Flat, Flat, Flat, dict[str, Array]], Array]  # mean loss of parameters on a batch, jitted
 
 
-def prepare(params: Tree, objective: Objective, config: TrainConfig, teacher: Tree | None = None) -> Setup:
+# (optimizer, {name of a latent: its format}, steps) -> an optimizer around it
+Wrap = Callable[[optax.GradientTransformation, Mapping[str, Format], int], optax.GradientTransformation]
+
+
+def prepare(
+    params: Tree, objective: Objective, config: TrainConfig, teacher: Tree | None = None, wrap: Wrap | None = None
+) -> Setup:
     """Splits parameters into learned and frozen, places them on the mesh and builds the step."""
     goal, goal_layout = flatten(teacher) if teacher is not None else ({}, {})
-    setup = build(*flatten(params), goal, goal_layout, objective, config)
+    setup = build(*flatten(params), goal, goal_layout, objective, config, wrap)
     # Copies, because a step donates what it gets and the caller keeps `params`.
     learned = {n: jnp.array(a, jnp.float32, copy=True) for n, a in setup.learned.items()}
     goal = sharding.place(goal, sharding.shard(goal, setup.sharding.mesh))
@@ -52,7 +60,13 @@ def prepare(params: Tree, objective: Objective, config: TrainConfig, teacher: Tr
 
 
 def build(
-    flat: Flat, layout: Layout, goal: Flat, goal_layout: Layout, objective: Objective, config: TrainConfig
+    flat: Flat,
+    layout: Layout,
+    goal: Flat,
+    goal_layout: Layout,
+    objective: Objective,
+    config: TrainConfig,
+    wrap: Wrap | None = None,
 ) -> Setup:
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_batch(config.batch_size, config.microbatches, mesh)
@@ -65,6 +79,13 @@ def build(
     where = sharding.shard(flat, mesh)
     masters = {n: jax.ShapeDtypeStruct(a.shape, jnp.float32) for n, a in learned.items()}
     tx = optimizer.build(config, masters, {n: scale[n] for n in learned})
+    formats = {n: base.get(e["format"]) for n, e in layout.items() if e["kind"] == "latent" and n in learned}
+    if wrap is not None and config.freeze_above:
+        raise InputError("freeze_above with a recipe that keeps its own latents (allowed: 0)")
+    if wrap is not None:
+        tx = wrap(tx, formats, config.steps)
+    if config.track_codes or config.freeze_above:
+        tx = oscillation.track(tx, formats, config.freeze_momentum, config.freeze_above)
 
     def init(learned: Flat) -> Any:
         return {"step": jnp.zeros((), jnp.int32), "optax": tx.init(learned)}
@@ -86,9 +107,10 @@ def build(
         loss, tokens, grads = accumulate(totals(frozen, goal, mix), learned, batch, config.microbatches, mesh)
         lr = optimizer.schedule(config)(opt["step"])
         updates, state = tx.update(grads, opt["optax"], learned)
-        learned = optax.apply_updates(learned, updates)
+        learned = _settled(optax.apply_updates(learned, updates), state)
         finite = jnp.stack([jnp.isfinite(a).all() for a in learned.values()]).all()
         metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads), "tokens": tokens, "lr": lr, "finite": finite}
+        metrics |= oscillation.shares(state)
         return learned, {"step": opt["step"] + 1, "optax": state}, metrics
 
     def probe(learned: Flat, frozen: Flat, goal: Flat, batch: dict[str, Array]) -> Array:
@@ -101,6 +123,17 @@ def build(
     jitted = jax.jit(step, donate_argnums=(0, 1), out_shardings=outs)
     start = jax.jit(init, out_shardings=opt_where)
     return Setup(learned, frozen, goal, layout, where, opt_shape, opt_where, start, jitted, jax.jit(probe))
+
+
+def _settled(learned: Flat, state: Any) -> Flat:
+    """Parameters with what a wrapping optimizer says that they are (its state's `shown`), which adding an update misses
+    by the last bit."""
+    found = [s.shown for s in jax.tree.leaves(state, is_leaf=_shows) if _shows(s)]
+    return learned | found[0] if found else learned
+
+
+def _shows(x: Any) -> bool:
+    return hasattr(x, "shown")
 
 
 def accumulate(

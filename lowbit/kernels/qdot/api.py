@@ -56,7 +56,9 @@ def _integers(x: Array, leaf: Weight) -> Array | None:
     if not isinstance(leaf, PreparedInput) or leaf.act is None or x.dtype == jnp.float64:
         return None
     w = leaf.w
-    if not isinstance(w, QTensor | Latent) or leaf.mix is not None or getattr(w, "mix", None) is not None:
+    if not isinstance(w, QTensor | Latent) or leaf.mix is not None:
+        return None
+    if isinstance(w, Latent) and (w.mix is not None or w.soft):
         return None
     levels = getattr(w.format, "levels", None)
     if levels is None or x.shape[-1] * 2 ** (leaf.act.bits - 1) * max(map(abs, levels)) >= EXACT:
