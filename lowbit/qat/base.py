@@ -1,13 +1,20 @@
 """What a recipe is, and the registry of recipes."""
 
-from collections.abc import Mapping
-from typing import Any, NamedTuple, Protocol
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from lowbit.errors import unknown
-from lowbit.formats.activation import ActFormat
-from lowbit.formats.base import Format
-from lowbit.formats.kv import KVFormat
 from lowbit.tree import Tree
+
+if TYPE_CHECKING:  # `lowbit train --help` reads a recipe's options and imports no jax
+    from lowbit.formats.activation import ActFormat
+    from lowbit.formats.base import Format
+    from lowbit.formats.kv import KVFormat
+    from lowbit.models.model import Model
+    from lowbit.qat.options import BlockOptions
 
 
 class Prepare(Protocol):
@@ -22,6 +29,28 @@ class Convert(Protocol):
         ...
 
 
+class RunBefore(Protocol):
+    def __call__(
+        self,
+        model: Model,
+        assignment: Mapping[str, Format | ActFormat | KVFormat],
+        tokens_BT: Any,
+        options: BlockOptions,
+        directory: str | Path | None = None,
+        on_block: Callable[[dict[str, Any], int], None] | None = None,
+    ) -> Tree:
+        """The parameters that `prepare` gets; state lies in `directory`, and the same call goes on where one was
+        interrupted. `on_block(report, blocks)` is called after each block, also those done earlier."""
+        ...
+
+
+class Before(NamedTuple):
+    """Work block by block before end-to-end training; with `alone`, no training follows."""
+
+    run: RunBefore
+    alone: bool = False
+
+
 class Recipe(NamedTuple):
     """How weights learn to live on the grid. `defaults` are the `TrainConfig` settings that its source recommends."""
 
@@ -29,6 +58,7 @@ class Recipe(NamedTuple):
     prepare: Prepare
     convert: Convert
     defaults: dict[str, Any]
+    before: Before | None = None
 
 
 _RECIPES: dict[str, Recipe] = {}
@@ -55,4 +85,4 @@ def names() -> list[str]:
 
 
 def _load_all() -> None:
-    from lowbit.qat import ste  # noqa: F401  (each module registers its recipes)
+    from lowbit.qat import efficientqat, ste  # noqa: F401  (each module registers its recipes)

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from lowbit import tree as trees
 from lowbit.errors import InputError
 from lowbit.formats.activation import ActFormat
-from lowbit.formats.base import Format, Latent, Params, QTensor
+from lowbit.formats.base import Coded, Format, Latent, Params, QTensor
 from lowbit.formats.fake_quant import PreparedInput
 from lowbit.formats.kv import KVFormat
 from lowbit.models.cache import attach
@@ -67,15 +67,15 @@ def prepare(params: Tree, assignment: Mapping[str, Format | ActFormat | KVFormat
 
 
 def convert(params: Tree) -> Tree:
-    """Every latent as packed codes and scales (those of the last forward pass); other leaves unchanged."""
+    """Every weight in training as packed codes and scales (those of the last forward pass); other leaves unchanged."""
 
     def one(path: str, leaf: Any) -> Any:
         if isinstance(leaf, PreparedInput):
             return dataclasses.replace(leaf, w=one(path, leaf.w))
-        if not isinstance(leaf, Latent):
+        if not isinstance(leaf, Latent | Coded):
             return leaf
         try:
-            leaf.format.check_values(leaf.w, leaf.params or _init(leaf.format, leaf.w))
+            leaf.check_values()
         except InputError as e:
             raise InputError(f"{path}: {e}") from e
         return _encode(leaf)
@@ -84,8 +84,8 @@ def convert(params: Tree) -> Tree:
 
 
 @jax.jit
-def _encode(latent: Latent) -> QTensor:
-    return latent.encode()
+def _encode(weight: Latent | Coded) -> QTensor:
+    return weight.encode()
 
 
 @partial(jax.jit, static_argnums=0)

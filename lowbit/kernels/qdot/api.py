@@ -1,13 +1,13 @@
-"""Dispatch on what the weight is: an array, packed codes, or a latent weight in training."""
+"""Dispatch on what the weight is: an array, packed codes, or a weight in training."""
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from lowbit.formats.base import Latent, QTensor
+from lowbit.formats.base import Coded, Latent, QTensor
 from lowbit.formats.fake_quant import PreparedInput
 
-Weight = Array | QTensor | Latent | PreparedInput
+Weight = Array | QTensor | Latent | Coded | PreparedInput
 
 
 def dense(w: Weight) -> Float[Array, "O I"]:
@@ -16,7 +16,7 @@ def dense(w: Weight) -> Float[Array, "O I"]:
         return dense(w.w)
     if isinstance(w, QTensor):
         return w.decode()
-    if isinstance(w, Latent):
+    if isinstance(w, Latent | Coded):
         return w.value()
     return w
 
