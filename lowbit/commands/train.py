@@ -380,9 +380,8 @@ def prepare(
     windows = None if held_out is None else windows_of(model, held_out, f"gptq-{options.seq}")
     block_tokens = None
     if recipe.before is not None:
-        b = options.blocks
-        block_tokens = tokenize(documents, model.tokenizer, b.rows + b.valid_rows, b.length or options.seq, b.seed)
-        if block_tokens.shape[1] > model.config.max_position:
-            most = model.config.max_position
+        b, most = options.blocks, model.config.max_position
+        if b.length > most:
             raise InputError(f"--blocks.length is {b.length} (allowed: at most the model's context, {most})")
+        block_tokens = tokenize(documents, model.tokenizer, b.rows + b.valid_rows, b.length or options.seq, b.seed)
     return Job(options, model, teacher, recipe, train, assignment, objective, documents, windows, block_tokens)

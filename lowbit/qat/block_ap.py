@@ -98,40 +98,62 @@ def block_ap(
     float_stream, stream = Stream(c, tokens_BT), Stream(c, tokens_BT)
     key = _first_key(c, tokens_BT, assignment, o, flat["model.embed_tokens"])
     done = [_Stored(None if directory is None else Path(directory) / f"{i:05}") for i in range(c.num_layers)]
-    started = False
+    at = None  # the block whose inputs the streams hold; what is done already is passed only if something follows
+
+    def advance(to: int) -> None:
+        nonlocal at
+        if at is None:
+            float_stream.start(flat["model.embed_tokens"])
+            stream.start(out["model.embed_tokens"])
+            at = 0
+        for j in range(at, to):
+            float_stream.advance(working(_layer(j, inside[j])), j)
+            stream.advance(working(_layer(j, out)), j)
+        at = to
+
     with stop_signals() as stop:
         for i, leaves in inside.items():
             key = _next_key(key, leaves)
             if (report := done[i].report(key)) is None:
-                if not started:  # what was done goes through once more
-                    float_stream.start(flat["model.embed_tokens"])
-                    stream.start(out["model.embed_tokens"])
-                    for j in range(i):
-                        float_stream.advance(working(_layer(j, inside[j])), j)
-                        stream.advance(working(_layer(j, out)), j)
-                    started = True
-                begin = time.monotonic()
-                student = _layer(i, dict(trees.items(ste.prepare(trees.build(leaves), sites[i], learned=True))))
-                float_stream.advance(working(_layer(i, leaves)), i)
-                trained = train_block(c, student, stream, float_stream, i, o, stop.is_set)
-                if trained is None:
+                advance(i)
+                solved = _solve(c, i, leaves, sites[i], stream, float_stream, o, stop.is_set)
+                if solved is None:
                     where = "nothing was saved" if directory is None else f"those before are saved in {directory}"
                     raise Stopped(f"stopped in block {i + 1} of {c.num_layers}: {where}, continue with --resume")
-                packed = ste.convert(_merge(trained.latents, _split(student)[1]))
-                new = {
-                    f"model.layers.{i}.{p}": _as_it_came(a, leaves.get(f"model.layers.{i}.{p}"))
-                    for p, a in trees.items(packed)
-                }
-                report = _report(i, trained, time.monotonic() - begin)
+                new, report = solved
                 done[i].write(c, new, key, report)
                 if i + 1 < c.num_layers:
                     stream.advance(working(_layer(i, new)), i)
+                at = i + 1
                 out |= new
             else:
                 out |= done[i].leaves(c)
             if on_block is not None:
                 on_block(report, c.num_layers)
     return trees.build({p: out[p] for p in (*flat, *(p for p in out if p not in flat))})  # in the model's order
+
+
+def _solve(
+    config: ModelConfig,
+    index: int,
+    leaves: Mapping[str, Any],
+    sites: Mapping[str, Any],
+    stream: Stream,
+    float_stream: Stream,
+    options: BlockOptions,
+    stop: Callable[[], bool],
+) -> tuple[dict[str, Any], dict[str, Any]] | None:
+    """A layer's parameters after Block-AP and its report. Takes the float stream through the layer."""
+    begin = time.monotonic()
+    student = _layer(index, dict(trees.items(ste.prepare(trees.build(leaves), sites, learned=True))))
+    float_stream.advance(working(_layer(index, leaves)), index)
+    trained = train_block(config, student, stream, float_stream, index, options, stop)
+    if trained is None:
+        return None
+    packed = trees.items(ste.convert(_merge(trained.latents, _split(student)[1])))
+    new = {f"model.layers.{index}.{p}": a for p, a in packed}
+    new = {p: _as_it_came(a, leaves.get(p)) for p, a in new.items()}
+    return new, _report(index, trained, time.monotonic() - begin)
 
 
 def train_block(
@@ -163,7 +185,7 @@ def train_block(
     for epoch in range(1, o.epochs + 1):
         losses = []
         order = np.random.default_rng([o.seed, index, epoch]).permutation(o.rows).reshape(-1, o.batch)
-        for rows in order:
+        for rows in order.tolist():
             if stop():
                 return None
             factor = np.float32(o.lr_end + (1 - o.lr_end) * 0.5 * (1 + math.cos(math.pi * step / total)))
