@@ -385,3 +385,13 @@ def test_refusals(model, whole, tmp_path):
         recipe.prepare(model.params, {Q: base.get("fp16")})
     with pytest.raises(InputError, match="nothing"):
         recipe.prepare(model.params, {"nothing": FMT})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [n for n in base.names() if n not in ("bf16", "fp16", "f32")])
+def test_every_format_with_scales_keeps_its_codes(name):
+    fmt = base.get(name)
+    q = fmt.encode(jnp.asarray(np.random.default_rng(0).standard_normal((4, 256)), jnp.float32))
+    packed, value = jax.jit(lambda c: (c.encode(), c.value()))(Coded.of(q))
+    np.testing.assert_array_equal(value, q.decode())
+    assert all(np.asarray(packed.arrays[k]).tobytes() == np.asarray(a).tobytes() for k, a in q.arrays.items())
