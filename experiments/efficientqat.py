@@ -7,8 +7,8 @@ Paper: EfficientQAT (arXiv 2407.11062). Rows: the checkpoint rounded to nearest;
 Command: lowbit run experiments/efficientqat.py
 Device: 2 CPU cores; the model and TinyStories lie in the folder that LOWBIT_SHARED names (default ../shared)
 Expected time: 9 minutes, measured on 2 CPU cores with a load of 10; a few on free ones
-Expected numbers: KL at int2 3.90 rounded, 1.77 E2E-QP, 0.87 Block-AP, 0.74 both; at int3 0.61, 0.34, 0.17, 0.14; at int4
-    0.087, 0.061, 0.040, 0.035
+Expected numbers: KL at int2 3.90 rounded, 1.77 E2E-QP, 0.87 Block-AP, 0.74 both; at int3 0.61, 0.34, 0.17, 0.14;
+    at int4 0.087, 0.061, 0.040, 0.035
 """
 
 import dataclasses
