@@ -2,7 +2,7 @@
 
 `model.layers.0.self_attn.q_proj.weight` is `tree["model"]["layers"]["0"]["self_attn"]["q_proj"]`. A bias is a sibling
 leaf whose key keeps its dot, `["self_attn"]["q_proj.bias"]`, so that joining the keys gives the HF name back.
-Leaves are arrays, `QTensor`s or `Latent`s.
+Leaves are arrays, `QTensor`s, or weights in training (`Latent`, `Coded`).
 """
 
 from collections.abc import Callable, Iterator, Mapping

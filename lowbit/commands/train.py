@@ -24,7 +24,8 @@ from lowbit.commands.common import (
     result,
 )
 from lowbit.commands.inspect import kept_dtypes, make_plan, read_abstract
-from lowbit.errors import InputError
+from lowbit.errors import InputError, Stopped
+from lowbit.train.block_options import BlockOptions
 from lowbit.train.config import OPERATIONAL, TrainConfig
 
 DEFAULTS = TrainConfig(loss="kl", lr=3e-4, warmup=0)
@@ -50,8 +51,9 @@ class Train:
     rules: WordPath = None
     """TOML file of [[rule]] match, format; the first match wins."""
     recipe: str = "ste"
-    """ste: scales follow the weights; ste-learned: scales are trained; lsq, lsq+, paretoq, dorefa, pact, bitnet,
-    bitnet-a4.8, bitnet-v2, parq, binary-relax: as published (docs/qat.md)."""
+    """ste: scales follow the weights; ste-learned: scales are trained; block-ap: block by block; e2e-qp: scales alone,
+    codes fixed; efficientqat: block-ap, then e2e-qp; lsq, lsq+, paretoq, dorefa, pact, bitnet, bitnet-a4.8, bitnet-v2,
+    parq, binary-relax: as published (docs/qat.md)."""
     stages: Annotated[tuple[str, ...], tyro.conf.arg(metavar="STEP:FORMAT")] = ()
     """From update STEP on another format, or STEP:FILE.toml for other rules: gradual bit widths, activations that come
     later. The optimizer's state stays."""
@@ -63,6 +65,7 @@ class Train:
     """Field of a .jsonl line that holds the text."""
     eval_text: WordPath = None
     """Held-out text: its loss is reported at each save, and the best checkpoint is kept besides the latest."""
+    blocks: BlockOptions = BlockOptions()
     train: tyro.conf.OmitArgPrefixes[TrainConfig] = DEFAULTS
     resume: Flag = False
     """Continue the run in --out."""
@@ -81,6 +84,8 @@ class Train:
 
         recipe = qat.get(self.recipe)
         train = with_recipe(self.train, recipe.defaults)
+        if recipe.before is None and self.blocks != BlockOptions():
+            raise InputError(f"--blocks options with recipe {self.recipe} (allowed: with block-ap and efficientqat)")
         plan = make_plan(self.format, self.rules)
         later = stage_plans(self.stages, train.steps)
         resolve_mode(self.tracking)
@@ -93,7 +98,8 @@ class Train:
         text = read_text(self.text, self.field)
         documents = [text] if isinstance(text, str) else text
         held_out = None if self.eval_text is None else read_text(self.eval_text, self.field)
-        saved = self.saved(plan, train) | {"stages": [[step, dataclasses.asdict(p)] for step, p in later]}
+        saved = self.saved(plan, train, recipe.before is not None)
+        saved |= {"stages": [[step, dataclasses.asdict(p)] for step, p in later]}
         may_differ = tuple(f"train.{k}" for k in OPERATIONAL) + (
             ("train.steps",) if train.schedule == "constant" else ()
         )
@@ -114,11 +120,11 @@ class Train:
         ) as run:
             return job.run(run)
 
-    def saved(self, plan: Any, train: TrainConfig) -> dict[str, Any]:
+    def saved(self, plan: Any, train: TrainConfig, blocks: bool) -> dict[str, Any]:
         """What config.json holds: everything that the result depends on."""
         from lowbit.experiment.config import to_json
 
-        skip = ("out", "resume", "dry_run", "json", "tracking", "rules", "train")
+        skip = ("out", "resume", "dry_run", "json", "tracking", "rules", "train") + (() if blocks else ("blocks",))
         mine = {k: v for k, v in to_json(self).items() if k not in skip}
         return mine | {"rules": [dataclasses.asdict(r) for r in plan.rules], "train": to_json(train)}
 
@@ -149,7 +155,11 @@ class Train:
             return zeros(target)
 
         batch = {k: ((train.batch_size, self.seq + 1), jnp.int32) for k in ("tokens", "segments")}
-        bytes_ = memory.estimate(student, batch, objective, train, None if teacher is None else frozen)
+        blocks, bytes_ = None, None
+        if recipe.before is not None:
+            blocks = block_memory(params, assignment, config, self.blocks, self.blocks.length or self.seq)
+        if recipe.before is None or not recipe.before.alone:
+            bytes_ = memory.estimate(student, batch, objective, train, None if teacher is None else frozen)
         nbytes, bits, quantized = plans.total(table)
         data = {
             "dry_run": True,
@@ -158,15 +168,17 @@ class Train:
             "params": config.num_params,
             "tokens_per_step": train.batch_size * self.seq,
             "tokens": train.batch_size * self.seq * train.steps,
-            "per_device": dataclasses.asdict(bytes_),
+            "per_device": bytes_ and dataclasses.asdict(bytes_),
+            "block": blocks,
             "bytes": nbytes,
             "bits_per_weight": bits,
             "bits_per_weight_quantized": quantized or None,
             "tensors": table,
         }
-        shown = {k: v for k, v in data.items() if k not in ("tensors", "per_device", "dry_run")}
-        shown |= {f"per device: {k}": v for k, v in data["per_device"].items() if k != "whole"}
-        if bytes_.whole:
+        shown = {k: v for k, v in data.items() if k not in ("tensors", "per_device", "block", "dry_run")}
+        shown |= {f"one block: {k}": v for k, v in (blocks or {}).items()}
+        shown |= {f"per device: {k}": v for k, v in (data["per_device"] or {}).items() if k != "whole"}
+        if bytes_ is not None and bytes_.whole:
             shown["not split by the mesh"] = ", ".join(bytes_.whole)
         return result(data, f"{plans.render(table)}\n\n{lines(shown)}")
 
@@ -207,6 +219,7 @@ class Job:
     held_out: Any = None  # `Windows` of --eval-text
     stored: Any = None  # arrays of static activation formats
     later: tuple[tuple[int, Any], ...] = ()  # (step, assignment) of the stages
+    block_tokens: Any = None  # rows of tokens of the recipe's work block by block
 
     def held_out_loss(self, params: Any) -> float:
         """Nats per token of what would be written now, computed in float32 as lowbit eval does."""
@@ -224,13 +237,68 @@ class Job:
     def run(self, run: Any) -> Result:
         from lowbit.data import rows as data_rows
         from lowbit.evaluate.size import file_bytes, sizes
-        from lowbit.experiment.progress import Progress
         from lowbit.models.hf import save_hf
-        from lowbit.train.loop import Stage, train
+        from lowbit.train.loop import Result as Done
 
         o, start = self.options, time.monotonic()
-        rows = data_rows.prepare(self.documents, self.model.tokenizer, o.seq, run.path("data"))
-        params = self.recipe.prepare(self.model.params, self.assignment, stored=self.stored)
+        before, params, blocks = self.recipe.before, self.model.params, []
+        data: dict[str, Any] = {"out": str(run.dir), "model": o.model}
+        if before is not None:
+            try:
+                params = self.block_by_block(run, blocks)
+            except Stopped as e:
+                data |= {"status": "stopped", "step": 0, "blocks": blocks}
+                run.summary(**data)
+                return result(data, f"{lines(data | {'blocks': len(blocks)})}\n{e}")
+        params = self.recipe.prepare(params, self.assignment, stored=self.stored)
+        if before is not None and before.alone:
+            done = Done(params, 0, "finished", f"finished {len(blocks)} blocks", [])
+        else:
+            rows = data_rows.prepare(self.documents, self.model.tokenizer, o.seq, run.path("data"))
+            data["rows"] = len(rows)
+            done = self.end_to_end(run, rows, params)
+        data |= {"status": done.status, "step": done.step} | ({} if before is None else {"blocks": blocks})
+        if done.whole:
+            data["not_split"] = list(done.whole)
+        if done.best is not None:
+            data |= {"best_step": done.best[0], "best_held_out_loss": done.best[1]}
+        if done.status == "finished":
+            trained = self.model.replace(params=as_it_came(self.recipe.convert(done.params), self.model.params))
+            save_hf(trained, run.path("model"), dtype=None, packed=True)
+            data |= {"saved": str(run.path("model")), "file_bytes": file_bytes(run.path("model"))}
+            data |= sizes(trained.params)
+        losses = [m["loss"] for m in run.metrics() if "loss" in m]
+        data |= {"loss": losses[-1] if losses else None, "seconds": round(time.monotonic() - start, 3)}
+        run.summary(**data)
+        shown = data | ({"not_split": ", ".join(done.whole)} if done.whole else {})
+        shown |= {"blocks": len(blocks) or None}
+        return result(data, f"{lines(shown)}\n{done.message}")
+
+    def block_by_block(self, run: Any, reports: list[dict[str, Any]]) -> Any:
+        """The parameters after the recipe's work before training; `reports` gets one of each block."""
+        from lowbit.experiment.progress import Progress
+
+        with Progress("blocks", self.model.config.num_layers, every=1) as progress:
+
+            def on_block(report: dict[str, Any], blocks: int) -> None:
+                part = run.sub("blocks")
+                if not reports:
+                    part.rewind(-1)  # blocks that were done before report again
+                reports.append(report)
+                part.log(len(reports), **report)
+                shown = {"mse": report["valid_mse"], "rounded": report["start_mse"], "s": report["seconds"]}
+                progress.update(len(reports), **shown)
+
+            folder = run.path("blocks")
+            return self.recipe.before.run(
+                self.model, self.assignment, self.block_tokens, self.options.blocks, folder, on_block
+            )
+
+    def end_to_end(self, run: Any, rows: Any, params: Any) -> Any:
+        """Trains `params` on `rows`."""
+        from lowbit.experiment.progress import Progress
+        from lowbit.train.loop import Stage, train
+
         with Progress("train", self.train.steps, self.train.log_every) as progress:
 
             def on_metrics(record: dict[str, Any]) -> None:
@@ -246,14 +314,14 @@ class Job:
                 run.rewind(step)
                 progress.resume(step)
 
-            done = train(
+            return train(
                 params,
                 lambda step: rows.batch(step, self.train.batch_size, self.train.seed),
                 self.objective,
                 self.train,
                 teacher=None if self.teacher is None else self.teacher.params,
                 directory=run.path("checkpoints"),
-                resume=o.resume,
+                resume=self.options.resume,
                 fingerprint={"rows": dataclasses.asdict(rows.manifest)},
                 on_metrics=on_metrics,
                 on_resume=on_resume,
@@ -262,21 +330,16 @@ class Job:
                 stages=[Stage(step, partial(self.restart, other)) for step, other in self.later],
                 wrap=self.recipe.wrap,
             )
-        data = {"out": str(run.dir), "model": o.model, "status": done.status, "step": done.step, "rows": len(rows)}
-        if done.whole:
-            data["not_split"] = list(done.whole)
-        if done.best is not None:
-            data |= {"best_step": done.best[0], "best_held_out_loss": done.best[1]}
-        if done.status == "finished":
-            trained = self.model.replace(params=as_it_came(self.recipe.convert(done.params), self.model.params))
-            save_hf(trained, run.path("model"), dtype=None, packed=True)
-            data |= {"saved": str(run.path("model")), "file_bytes": file_bytes(run.path("model"))}
-            data |= sizes(trained.params)
-        losses = [m["loss"] for m in run.metrics() if "loss" in m]
-        data |= {"loss": losses[-1] if losses else None, "seconds": round(time.monotonic() - start, 3)}
-        run.summary(**data)
-        shown = data | ({"not_split": ", ".join(done.whole)} if done.whole else {})
-        return result(data, f"{lines(shown)}\n{done.message}")
+
+
+def block_memory(params: Any, assignment: Any, config: Any, options: BlockOptions, length: int) -> dict[str, int]:
+    """`step_memory` of the first layer of abstract parameters."""
+    from lowbit import tree as trees
+    from lowbit.qat.block_ap import step_memory
+
+    first = "model.layers.0."
+    layer = trees.build({p: a for p, a in trees.items(params) if p.startswith(first)})
+    return step_memory(config, layer, {s: f for s, f in assignment.items() if s.startswith(first)}, options, length)
 
 
 def as_it_came(params: Any, source: Any) -> Any:
@@ -306,8 +369,12 @@ def prepare(
     later: Sequence[tuple[int, Any]] = (),
 ) -> Job:
     """Reads the models and checks everything, before the run directory exists."""
+    from lowbit import tree as trees
     from lowbit.evaluate.perplexity import windows_of
+    from lowbit.formats.base import QTensor
+    from lowbit.formats.fake_quant import PreparedInput
     from lowbit.ptq import calibrate, rtn
+    from lowbit.ptq.calibrate import tokenize
     from lowbit.train import sharding
     from lowbit.train.objective import language
 
@@ -335,6 +402,13 @@ def prepare(
             raise InputError(f"stages: the input of {clash[0]} has two static formats (allowed: one, in one stage)")
         stored |= own
         recipe.prepare(model.params, formats, stored=stored)
+    weights = (
+        leaf.w if isinstance(leaf, PreparedInput) else leaf for p, leaf in trees.items(model.params) if p in assignment
+    )
+    if teacher is model and any(isinstance(w, QTensor) for w in weights):
+        raise InputError(
+            f"model {options.model} is packed and would be its own teacher (allowed: --teacher MODEL, or --loss ce)"
+        )
     sharding.check_batch(train.batch_size, train.microbatches, sharding.make_mesh(train.mesh))
     tokens = 0
     for ids in map(model.tokenizer.encode, documents):
@@ -346,4 +420,12 @@ def prepare(
             f"text {options.text} has {number(tokens)} tokens (needed: at least {options.seq + 1}, one row of --seq)"
         )
     windows = None if held_out is None else windows_of(model, held_out, f"gptq-{options.seq}")
-    return Job(options, model, teacher, recipe, train, assignment, objective, documents, windows, stored, changes)
+    block_tokens = None
+    if recipe.before is not None:
+        b, most = options.blocks, model.config.max_position
+        if b.length > most:
+            raise InputError(f"--blocks.length is {b.length} (allowed: at most the model's context, {most})")
+        block_tokens = tokenize(documents, model.tokenizer, b.rows + b.valid_rows, b.length or options.seq, b.seed)
+    return Job(
+        options, model, teacher, recipe, train, assignment, objective, documents, windows, stored, changes, block_tokens
+    )

@@ -10,7 +10,7 @@ import jax
 
 from lowbit import tree as trees
 from lowbit.errors import InputError
-from lowbit.formats.base import Format, Latent, QTensor, stored_bytes
+from lowbit.formats.base import Coded, Format, Latent, QTensor, stored_bytes
 from lowbit.formats.fake_quant import PreparedInput
 from lowbit.linalg.online import describe
 from lowbit.models import cache as caches
@@ -35,15 +35,14 @@ class _Stored:
 
 
 def _stored(leaf: Any) -> _Stored:
-    """A latent weight counts as the codes that it stands for; a cache site as the arrays of its transform, if any."""
+    """A weight in training counts as the codes that it stands for; a cache site as the arrays of its transform."""
     if isinstance(leaf, CacheSite):
         return _Stored(leaf.name, False, 0, (), tuple(caches.describe(leaf)[1].values()))
     if isinstance(leaf, PreparedInput):
         inner = _stored(leaf.w)
         return dataclasses.replace(inner, arrays=(*inner.arrays, *describe(leaf)[1].values()))
-    if isinstance(leaf, Latent):
-        arrays = jax.eval_shape(lambda latent: latent.encode().arrays, leaf)
-        return _Stored(leaf.format.name, True, leaf.w.size, tuple(leaf.w.shape), tuple(arrays.values()))
+    if isinstance(leaf, Latent | Coded):
+        return _stored(jax.eval_shape(lambda weight: weight.encode(), leaf))
     if isinstance(leaf, QTensor):
         return _Stored(leaf.format.name, True, math.prod(leaf.shape), leaf.shape, tuple(leaf.arrays.values()))
     return _Stored(str(leaf.dtype), False, math.prod(leaf.shape), tuple(leaf.shape), (leaf,))

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lowbit.errors import InputError
-from lowbit.formats.base import Format, Latent, QTensor
+from lowbit.formats.base import Coded, Format, Latent, QTensor
 from lowbit.formats.fake_quant import PreparedInput
 from lowbit.formats.floats import FloatFormat
 from lowbit.models import hf
@@ -82,8 +82,8 @@ def leaves(source: Model | str | Path) -> Iterator[tuple[str, Any]]:
 
 
 def unwrap(path: str, leaf: Any, drop_activations: bool = False, online: bool = False) -> Any:
-    """The array or `QTensor` of a leaf; a `Latent` gives its trained codes and scales. Raises `InputError` for what is
-    done to its input, unless that may be left out."""
+    """The array or `QTensor` of a leaf; a weight in training gives its codes and scales. Raises `InputError` for what
+    is done to its input, unless that may be left out."""
     if isinstance(leaf, PreparedInput):
         if leaf.op is not None and not online:
             raise InputError(
@@ -96,7 +96,7 @@ def unwrap(path: str, leaf: Any, drop_activations: bool = False, online: bool = 
                 "(allowed: weight formats only, or drop_activations)"
             )
         leaf = leaf.w
-    if isinstance(leaf, Latent):
+    if isinstance(leaf, Latent | Coded):
         leaf = leaf.encode()
     return leaf.arrays["w"] if isinstance(leaf, QTensor) and isinstance(leaf.format, FloatFormat) else leaf
 

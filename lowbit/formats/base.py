@@ -1,4 +1,4 @@
-"""What the bits are: `Format`, `QTensor`, `Latent` and the registry.
+"""What the bits are: `Format`, `QTensor`, `Latent`, `Coded` and the registry.
 
 A format is a frozen dataclass of pure functions over one weight matrix `w_OI` (rows are output channels, groups run
 along the input axis). Its numeric core is two functions that are inverse views of one grid,
@@ -137,6 +137,49 @@ class Latent:
 
     def dynamic_params(self) -> Params:
         return jax.lax.stop_gradient(_init(self.format, self.w.astype(jnp.float32)))
+
+    def check_values(self) -> None:
+        """Raises `FormatError` when the trained weights or parameters cannot be stored."""
+        self.format.check_values(self.w, self.params or _init(self.format, self.w))
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["arrays", "params"], meta_fields=["format", "shape", "dtype"])
+@dataclasses.dataclass(frozen=True)
+class Coded:
+    """A packed weight whose scales are trained: codes, and zero points where there are some, stay as they are.
+
+    `arrays` are those of a `QTensor` without the scale, `params` is `{"scale": float32}` of the scale's shape; `shape`
+    and `dtype` are the `QTensor`'s. With `w_hat = (q - z) * s` the gradient of s is `q - z` exactly, its rounding to
+    what is stored is straight-through (EfficientQAT's E2E-QP, arXiv 2407.11062, section 3.3).
+    """
+
+    arrays: dict[str, Any]
+    params: dict[str, Any]
+    format: Format
+    shape: tuple[int, int]
+    dtype: str = "float32"
+
+    @classmethod
+    def of(cls, q: QTensor) -> Coded:
+        """Of a packed weight. Raises `FormatError` for a format without scales."""
+        if "scale" not in q.arrays:
+            raise FormatError(f"format {q.format.name!r} has no scales to train (allowed: integer and ternary grids)")
+        params = {"scale": q.arrays["scale"].astype(jnp.float32)}
+        return cls({k: a for k, a in q.arrays.items() if k not in params}, params, q.format, q.shape, q.dtype)
+
+    def value(self) -> Float[Array, "O I"]:
+        """The weight that the forward pass sees: what `encode` gives, decoded."""
+        return _coded_value(self.format, self.shape, self.dtype, self.arrays, self.params)
+
+    def encode(self) -> QTensor:
+        """The same codes with the trained scales."""
+        codes, stored = _coded(self.format, self.shape, self.arrays, self.params)
+        return QTensor(self.format.pack(codes, stored), self.format, self.shape, self.dtype)
+
+    def check_values(self) -> None:
+        """Raises `FormatError` when the trained scales cannot be stored."""
+        _, params = _unpack(self.format, self.shape, {**self.arrays, **self.params})
+        self.format.check_values(params["scale"], params)
 
 
 def blend(x: Float[Array, "*s"], q: Float[Array, "*s"], mix: Float[Array, ""]) -> Float[Array, "*s"]:
@@ -325,6 +368,32 @@ def _fake_quant_bwd(fmt: Format, residuals, g: Array):
 
 
 _fake_quant.defvjp(_fake_quant_fwd, _fake_quant_bwd)
+
+
+def _coded(fmt: Format, shape: tuple[int, int], arrays: dict[str, Array], params: Params) -> tuple[Array, Params]:
+    codes, trained = fmt.unpack({**arrays, **params}, shape)
+    return codes, fmt.stored(trained)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _coded_value(fmt: Format, shape: tuple[int, int], dtype: str, arrays: dict[str, Array], params: Params) -> Array:
+    codes, stored = _coded(fmt, shape, arrays, params)
+    return fmt.dequantize(codes, stored).astype(dtype)
+
+
+def _coded_fwd(fmt: Format, shape: tuple[int, int], dtype: str, arrays: dict[str, Array], params: Params):
+    return _coded_value(fmt, shape, dtype, arrays, params), (arrays, params)
+
+
+def _coded_bwd(fmt: Format, shape: tuple[int, int], dtype: str, residuals, g: Array):
+    arrays, params = residuals
+    codes, stored = _coded(fmt, shape, arrays, params)
+    # `dequantize` is linear in the scale and has no clip, so autodiff's gradient is the formula.
+    _, pull = jax.vjp(lambda p: fmt.dequantize(codes, {**stored, **p}), {k: stored[k] for k in params})
+    return None, pull(g.astype(jnp.float32))[0]
+
+
+_coded_value.defvjp(_coded_fwd, _coded_bwd)
 
 
 # -- registry ---------------------------------------------------------------------------------------------------------

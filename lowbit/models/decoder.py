@@ -1,9 +1,9 @@
 """The decoder: a pure function of a parameter tree (see `lowbit.tree`) for every family that `ModelConfig` describes.
 
-Weights may be arrays, packed `QTensor`s or training `Latent`s: `qdot` decides. Consecutive layers whose trees have the
-same structure (same formats, same shapes) are stacked and run under one `scan` if there are `SCAN_FROM` of them; the
-rest are unrolled, so a mixed-precision plan costs compile time only where it changes format. What differs between
-layers but not in structure (sliding or full attention) is data of the scan.
+Weights may be arrays, packed `QTensor`s, or `Latent`s and `Coded`s in training: `qdot` decides. Consecutive layers
+whose trees have the same structure (same formats, same shapes) are stacked and run under one `scan` if there are
+`SCAN_FROM` of them; the rest are unrolled, so a mixed-precision plan costs compile time only where it changes format.
+What differs between layers but not in structure (sliding or full attention) is data of the scan.
 """
 
 from collections.abc import Sequence

@@ -28,7 +28,7 @@ import numpy as np
 from lowbit import tree as trees
 from lowbit.errors import InputError, unknown
 from lowbit.formats import base as formats
-from lowbit.formats.base import Latent, QTensor
+from lowbit.formats.base import Coded, Latent, QTensor
 from lowbit.formats.fake_quant import PreparedInput
 from lowbit.linalg.online import describe, described_shapes, restore
 from lowbit.models import cache as caches
@@ -149,8 +149,8 @@ class HfWriter:
         to_hf(config, dtype or "float32", native=packed)  # fails before anything is written
 
     def add(self, path: str, leaf: Any) -> None:
-        """Appends one parameter: an array, `QTensor`, `Latent` or `PreparedInput`; or a `CacheSite`, which only a
-        packed folder keeps: to any other it is the runtime's choice."""
+        """Appends a parameter: an array, `QTensor`, `Latent`, `Coded` or `PreparedInput`; or a `CacheSite`, which only
+        a packed folder keeps: to any other it is the runtime's choice."""
         if path in self.seen or path in self.caches:
             raise InputError(f"parameter {path} twice (allowed: once)")
         if isinstance(leaf, CacheSite):
@@ -172,7 +172,7 @@ class HfWriter:
                     "holds (allowed: packed)"
                 )
             leaf = leaf.w
-        if isinstance(leaf, Latent):
+        if isinstance(leaf, Latent | Coded):
             leaf = leaf.encode() if self.packed else leaf.value()
         if isinstance(leaf, QTensor) and self.packed:
             self.formats[path], self.dtypes[path] = leaf.format.name, leaf.dtype

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 from lowbit import tree as trees
 from lowbit.data.rows import permute
 from lowbit.errors import InputError
-from lowbit.formats.base import Latent, QTensor
+from lowbit.formats.base import Coded, Latent, QTensor
 from lowbit.formats.fake_quant import PreparedInput
 from lowbit.kernels.qdot.api import dense
 from lowbit.models.config import ModelConfig
@@ -90,6 +90,11 @@ class Stream:
         tree = {"model": {"embed_tokens": embed_tokens}}
         self._x = [np.asarray(_embed(tree, jnp.asarray(t), self.config)) for t in self._tokens]
 
+    def take(self, rows: Sequence[int]) -> Float[np.ndarray, "n T D"]:
+        """The activations of some rows, in this order."""
+        size = len(self._tokens[0])
+        return np.stack([self._x[r // size][r % size] for r in rows])
+
     def hessians(
         self, layer: Tree, index: int, names: Sequence[str], dtype: Any = np.float32
     ) -> dict[str, Float[np.ndarray | Array, "I I"]]:
@@ -142,7 +147,7 @@ def working(layer: Tree, acts: bool = True) -> Tree:
         if isinstance(leaf, PreparedInput):
             w = _float32(leaf.w)
             flat[path] = PreparedInput(w, leaf.act, leaf.op, leaf.params) if acts else PreparedInput(w, op=leaf.op)
-        elif isinstance(leaf, np.ndarray | jax.Array | QTensor | Latent):
+        elif isinstance(leaf, np.ndarray | jax.Array | QTensor | Latent | Coded):
             flat[path] = _float32(leaf)
         elif acts:
             flat[path] = leaf
@@ -150,7 +155,7 @@ def working(layer: Tree, acts: bool = True) -> Tree:
 
 
 def _float32(w: Any) -> Array:
-    return jnp.asarray(dense(w) if isinstance(w, QTensor | Latent) else w, jnp.float32)
+    return jnp.asarray(dense(w) if isinstance(w, QTensor | Latent | Coded) else w, jnp.float32)
 
 
 def linears(config: ModelConfig) -> dict[str, str]:

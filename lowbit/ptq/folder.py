@@ -88,9 +88,9 @@ def quantize_folder(
     for n, block in enumerate(blocks):
         done = here / f"{n:05}"
         if done.is_dir():
-            solver.passed(_stored(done, config))
+            solver.passed(stored_block(done, config))
         else:
-            _write(done, config, solver.solve(block))
+            write_block(done, config, solver.solve(block))
         if progress is not None:
             progress(n + 1, len(blocks))
     with atomic_folder(out) as tmp:
@@ -116,8 +116,9 @@ def _fingerprint(src: Path, key: Mapping[str, Any]) -> str:
     return h.hexdigest()[:16]
 
 
-def _write(done: Path, config: ModelConfig, leaves: Iterable[tuple[str, Any]]) -> None:
-    """One block's leaves as the folder `done`: a shard and what its leaves are, whole or not at all."""
+def write_block(done: Path, config: ModelConfig, leaves: Iterable[tuple[str, Any]], **more: Any) -> None:
+    """One block's leaves as the folder `done`: a shard and what its leaves are, whole or not at all. `more` are JSON
+    values that go beside them (see `block_facts`)."""
     tmp = done.with_suffix(".tmp")
     try:
         shutil.rmtree(tmp, ignore_errors=True)
@@ -128,7 +129,7 @@ def _write(done: Path, config: ModelConfig, leaves: Iterable[tuple[str, Any]]) -
             del leaf  # before the next one is read
         writer.shards.close()
         kinds = {"formats": writer.formats, "dtypes": writer.dtypes, "seen": writer.seen, "caches": writer.caches}
-        kinds |= writer.names
+        kinds |= writer.names | more
         (tmp / LEAVES).write_text(json.dumps(kinds))
         for path in tmp.iterdir():
             with open(path, "rb+") as f:
@@ -140,9 +141,14 @@ def _write(done: Path, config: ModelConfig, leaves: Iterable[tuple[str, Any]]) -
         shutil.rmtree(tmp, ignore_errors=True)
 
 
-def _stored(done: Path, config: ModelConfig) -> Block:
-    """Readers of a block that `_write` wrote."""
-    shards, kinds, shapes = Shards(done), json.loads((done / LEAVES).read_text()), config.shapes()
+def block_facts(done: Path) -> dict[str, Any]:
+    """What `write_block` wrote beside the arrays."""
+    return json.loads((done / LEAVES).read_text())
+
+
+def stored_block(done: Path, config: ModelConfig) -> Block:
+    """Readers of a block that `write_block` wrote."""
+    shards, kinds, shapes = Shards(done), block_facts(done), config.shapes()
     plain = {tensor_name(path) for path in kinds["seen"]}
 
     def read(path: str) -> Any:
@@ -189,7 +195,7 @@ def _assemble(src: Path, config: ModelConfig, blocks: list[Path], tmp: Path) -> 
     writer = HfWriter(tmp, config, None, packed=True)
     writer.shards = _Finished(blocks, tmp)  # type: ignore[assignment]
     for block in blocks:
-        kinds = json.loads((block / LEAVES).read_text())
+        kinds = block_facts(block)
         writer.formats |= kinds["formats"]
         writer.dtypes |= kinds["dtypes"]
         writer.seen |= kinds["seen"]

@@ -1,12 +1,17 @@
 """What a recipe is, and the registry of recipes."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from lowbit.errors import InputError, unknown
+from lowbit.models.model import Model
 from lowbit.qat import latents
 from lowbit.qat.latents import Assignment, Start, Stored
+from lowbit.train.block_options import BlockOptions
 from lowbit.train.step import Wrap
 from lowbit.tree import Tree
 
@@ -24,6 +29,28 @@ class Convert(Protocol):
         ...
 
 
+class RunBefore(Protocol):
+    def __call__(
+        self,
+        model: Model,
+        assignment: Assignment,
+        tokens_BT: Any,
+        options: BlockOptions,
+        directory: str | Path | None = None,
+        on_block: Callable[[dict[str, Any], int], None] | None = None,
+    ) -> Tree:
+        """The parameters that `prepare` gets; state lies in `directory`, and the same call goes on where one was
+        interrupted. `on_block(report, blocks)` is called after each block, also those done earlier."""
+        ...
+
+
+class Before(NamedTuple):
+    """Work block by block before end-to-end training; with `alone`, no training follows."""
+
+    run: RunBefore
+    alone: bool = False
+
+
 class Recipe(NamedTuple):
     """How weights learn to live on the grid. `defaults` are the `TrainConfig` settings that its source recommends."""
 
@@ -32,6 +59,7 @@ class Recipe(NamedTuple):
     convert: Convert
     defaults: dict[str, Any]
     wrap: Wrap | None = None  # of the optimizer (`lowbit.train.loop.train`)
+    before: Before | None = None
 
 
 Parse = Callable[[list[str]], Recipe]
@@ -77,4 +105,4 @@ def _without_keys(recipe: Recipe, keys: list[str]) -> Recipe:
 
 def _load_all() -> None:
     # Each module registers its recipes.
-    from lowbit.qat import bitnet, dorefa, lsq, paretoq, proximal, ste  # noqa: F401
+    from lowbit.qat import bitnet, dorefa, efficientqat, lsq, paretoq, proximal, ste  # noqa: F401

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from lowbit import tree as trees
 from lowbit.errors import InputError
 from lowbit.formats.activation import ActFormat
-from lowbit.formats.base import Format, Latent, Params, QTensor
+from lowbit.formats.base import Coded, Format, Latent, Params, QTensor
 from lowbit.formats.fake_quant import PreparedInput
 from lowbit.formats.kv import KVFormat
 from lowbit.models.cache import CacheSite, attach
@@ -26,6 +26,16 @@ Stored = Mapping[str, Mapping[str, Any]]
 # (format, float32 master [O, I]) -> the format that is trained and its parameters ({}: fitted anew at every use).
 # Raises `InputError`, whose message continues "PATH: ", for a format that the recipe is not defined for.
 Start = Callable[[Format, jax.Array], tuple[Format, Params]]
+
+
+def dynamic(fmt: Format, w: jax.Array) -> tuple[Format, Params]:
+    """Scales are fitted to the latent at every use."""
+    return fmt, {}
+
+
+def learned(fmt: Format, w: jax.Array) -> tuple[Format, Params]:
+    """Scales start from those that fit the latent now, and are trained."""
+    return fmt, fmt.fitted(w)
 
 
 def prepare(params: Tree, assignment: Assignment, start: Start, stored: Stored | None = None) -> Tree:
@@ -87,15 +97,15 @@ def masters(params: Tree) -> Tree:
 
 
 def convert(params: Tree) -> Tree:
-    """Every latent as packed codes and scales (those of the last forward pass); other leaves unchanged."""
+    """Every weight in training as packed codes and scales (those of the last forward pass); other leaves unchanged."""
 
     def one(path: str, leaf: Any) -> Any:
         if isinstance(leaf, PreparedInput):
             return dataclasses.replace(leaf, w=one(path, leaf.w))
-        if not isinstance(leaf, Latent):
+        if not isinstance(leaf, Latent | Coded):
             return leaf
         try:
-            leaf.format.check_values(leaf.w, leaf.params or leaf.format.fitted(leaf.w))
+            leaf.check_values()
         except InputError as e:
             raise InputError(f"{path}: {e}") from e
         return _encode(leaf)
@@ -104,5 +114,5 @@ def convert(params: Tree) -> Tree:
 
 
 @jax.jit
-def _encode(latent: Latent) -> QTensor:
-    return latent.encode()
+def _encode(leaf: Latent | Coded) -> QTensor:
+    return leaf.encode()

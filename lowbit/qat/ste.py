@@ -6,6 +6,7 @@ BitNet and most fake-quant trainers do; recipe `ste-learned` starts from the sam
 """
 
 from lowbit.qat.base import register_start
+from lowbit.qat.latents import dynamic, learned
 
-register_start("ste", lambda fmt, w: (fmt, {}))
-register_start("ste-learned", lambda fmt, w: (fmt, fmt.fitted(w)), {"scale_lr": 0.1})
+register_start("ste", dynamic)
+register_start("ste-learned", learned, {"scale_lr": 0.1})

@@ -78,7 +78,8 @@ def train(
     """Trains `params` for `config.steps` steps on `batch(0), batch(1), ...`.
 
     Args:
-      params: tree with arrays and `Latent`s; floating-point leaves become float32 masters. Packed weights stay frozen.
+      params: tree with arrays, `Latent`s and `Coded`s; floating-point leaves become float32 masters. Packed weights and
+        the codes of a `Coded` stay frozen.
       batch: arrays `[batch_size, ...]` of a step; must depend on nothing but the step.
       objective: see `lowbit.train.objective`.
       teacher: frozen parameters that the objective gets as its second argument.
@@ -150,7 +151,7 @@ def train(
                 if on_metrics is not None:
                     on_metrics(history[-1])
 
-        stop = stack.enter_context(_signals())
+        stop = stack.enter_context(stop_signals())
         step, waiting, clock = start, None, _Clock()
         while step < config.steps and not stop.is_set():
             if ahead and ahead[0].step == step:
@@ -242,7 +243,7 @@ class _Clock:
 
 
 @contextlib.contextmanager
-def _signals() -> Iterator[threading.Event]:
+def stop_signals() -> Iterator[threading.Event]:
     """An event that SIGTERM or Ctrl-C sets; a second Ctrl-C interrupts at once.
 
     Nothing is installed outside the main thread, nor in a run of several processes, where jax's own handler lets all

@@ -13,7 +13,7 @@ from lowbit import tree as trees
 from lowbit.errors import InputError, unknown
 from lowbit.formats import base
 from lowbit.formats.activation import get_act
-from lowbit.formats.base import Latent, QTensor
+from lowbit.formats.base import Coded, Latent, QTensor
 from lowbit.formats.fake_quant import PreparedInput
 from lowbit.linalg import online
 from lowbit.models import cache as caches
@@ -21,7 +21,9 @@ from lowbit.models.cache import CacheSite
 from lowbit.tree import Tree
 
 Flat = dict[str, Any]  # arrays, or `ShapeDtypeStruct`s where nothing is computed yet
-Layout = dict[str, dict[str, Any]]  # path -> {"kind": "array" | "latent" | "packed" | "cache", ...}, JSON-able
+Layout = dict[
+    str, dict[str, Any]
+]  # path -> {"kind": "array" | "latent" | "coded" | "packed" | "cache", ...}, JSON-able
 
 
 def flatten(params: Mapping[str, Any]) -> tuple[Flat, Layout]:
@@ -45,10 +47,13 @@ def flatten(params: Mapping[str, Any]) -> tuple[Flat, Layout]:
             entry |= {"soft": True} if leaf.soft else {}
             flat[path] = leaf.w
             flat |= {f"{path}:{k}": leaf.params[k] for k in sorted(leaf.params)}
-        elif isinstance(leaf, QTensor):
+        elif isinstance(leaf, QTensor | Coded):
             entry |= {"kind": "packed", "format": leaf.format.name, "arrays": sorted(leaf.arrays)}
             entry |= {"shape": list(leaf.shape), "dtype": leaf.dtype}
             flat |= {f"{path}:{k}": leaf.arrays[k] for k in sorted(leaf.arrays)}
+            if isinstance(leaf, Coded):
+                entry |= {"kind": "coded", "learned": sorted(leaf.params)}
+                flat |= {f"{path}:{k}": leaf.params[k] for k in sorted(leaf.params)}
         else:
             entry["kind"] = "array"
             flat[path] = leaf
@@ -67,15 +72,19 @@ def unflatten(flat: Mapping[str, Any], layout: Layout) -> Tree:
                 case "latent":
                     extra = {k: flat[f"{path}:{k}"] for k in entry["arrays"]}
                     leaf = Latent(flat[path], extra, base.get(entry["format"]), soft=entry.get("soft", False))
-                case "packed":
+                case "packed" | "coded" as kind:
                     arrays = {k: flat[f"{path}:{k}"] for k in entry["arrays"]}
-                    leaf = QTensor(arrays, base.get(entry["format"]), tuple(entry["shape"]), entry["dtype"])
+                    static = base.get(entry["format"]), tuple(entry["shape"]), entry["dtype"]
+                    if kind == "packed":
+                        leaf = QTensor(arrays, *static)
+                    else:
+                        leaf = Coded(arrays, {k: flat[f"{path}:{k}"] for k in entry["learned"]}, *static)
                 case "cache":
                     arrays = {k: flat[f"{path}:{k}"] for k in entry["prepared"]}
                     out[path] = caches.restore({k: entry[k] for k in ("format", "online") if k in entry}, arrays)
                     continue
                 case kind:
-                    raise unknown(f"kind of {path}", kind, ["array", "latent", "packed", "cache"])
+                    raise unknown(f"kind of {path}", kind, ["array", "latent", "coded", "packed", "cache"])
             own = {k: flat[f"{path}:{k}"] for k in entry.get("prepared", ())}
         except KeyError as e:
             raise InputError(f"parameters have no {e.args[0]!r} (needed for {path})") from e
@@ -95,13 +104,16 @@ def mixed(params: Tree, mix: Any) -> Tree:
 
 
 def trainable(layout: Layout) -> set[str]:
-    """Names that an optimizer may change: everything but the arrays of packed weights, of activation formats (unless
-    those learn them), of caches and of online transforms."""
+    """Names that an optimizer may change: everything but codes, the arrays of packed weights, of activation formats
+    (unless those learn them), of caches and of online transforms."""
     names: set[str] = set()
     for path, entry in layout.items():
         if "input" in entry and getattr(get_act(entry["input"]), "learned", False):
             names |= {f"{path}:{k}" for k in entry["prepared"] if k.startswith("input.")}
         if entry["kind"] in ("packed", "cache"):
+            continue
+        if entry["kind"] == "coded":
+            names |= {f"{path}:{k}" for k in entry["learned"]}
             continue
         names.add(path)
         names |= {f"{path}:{k}" for k in entry.get("arrays", ())}

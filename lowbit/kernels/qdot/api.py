@@ -1,4 +1,4 @@
-"""Dispatch on what the weight is: an array, packed codes, or a latent weight in training."""
+"""Dispatch on what the weight is: an array, packed codes, or a weight in training."""
 
 from typing import Any
 
@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from lowbit.formats.base import Latent, QTensor
+from lowbit.formats.base import Coded, Latent, QTensor
 from lowbit.formats.fake_quant import PreparedInput
 
-Weight = Array | QTensor | Latent | PreparedInput
+Weight = Array | QTensor | Latent | Coded | PreparedInput
 EXACT = 2**24  # whole numbers up to here are exact in float32
 
 
@@ -19,7 +19,7 @@ def dense(w: Weight) -> Float[Array, "O I"]:
         return dense(w.w)
     if isinstance(w, QTensor):
         return w.decode()
-    if isinstance(w, Latent):
+    if isinstance(w, Latent | Coded):
         return w.value()
     return w
 
