@@ -253,12 +253,13 @@ def as_it_came(params: Any, source: Any) -> Any:
     import jax
 
     from lowbit import tree as trees
+    from lowbit.formats.adapter import Adapter
     from lowbit.formats.fake_quant import PreparedInput
 
     dtypes = kept_dtypes(source)
 
     def one(path: str, leaf: Any) -> Any:
-        if isinstance(leaf, PreparedInput):
+        if isinstance(leaf, PreparedInput | Adapter):
             return dataclasses.replace(leaf, w=one(path, leaf.w))
         return leaf.astype(dtypes[path]) if isinstance(leaf, jax.Array) else leaf
 

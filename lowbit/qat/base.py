@@ -1,9 +1,10 @@
 """What a recipe is, and the registry of recipes."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
-from lowbit.errors import unknown
+from lowbit.errors import InputError, unknown
 from lowbit.formats.activation import ActFormat
 from lowbit.formats.base import Format
 from lowbit.formats.kv import KVFormat
@@ -12,13 +13,14 @@ from lowbit.tree import Tree
 
 class Prepare(Protocol):
     def __call__(self, params: Tree, assignment: Mapping[str, Format | ActFormat | KVFormat]) -> Tree:
-        """Parameters in training: float32 latents at the sites of `assignment` (see `Plan.resolve`)."""
+        """Parameters in training: what the recipe trains, in float32, at the sites of `assignment` (`Plan.resolve`)."""
         ...
 
 
 class Convert(Protocol):
     def __call__(self, params: Tree) -> Tree:
-        """Packed weights with the trained codes and scales; its forward pass equals that of `params` bit for bit."""
+        """Packed weights with the trained codes and scales; its forward pass equals that of `params` bit for bit, but
+        for what a recipe merges (which says how closely)."""
         ...
 
 
@@ -31,28 +33,41 @@ class Recipe(NamedTuple):
     defaults: dict[str, Any]
 
 
-_RECIPES: dict[str, Recipe] = {}
+Parse = Callable[[list[str]], Recipe]
+_RECIPES: dict[str, Parse] = {}
 
 
 def register(recipe: Recipe) -> Recipe:
     """Adds a recipe under its name."""
-    _RECIPES[recipe.name] = recipe
+    register_family(recipe.name, partial(_without_keys, recipe))
     return recipe
 
 
+def register_family(name: str, parse: Parse) -> None:
+    """Adds the recipes `NAME[:key...]`; `parse(keys)` gives the one of these keys, or raises `InputError`."""
+    _RECIPES[name] = parse
+
+
 def get(name: str) -> Recipe:
-    """The recipe of this name. Raises `InputError` with a suggestion."""
+    """The recipe of a name such as `ste` or `qlora:r16`. Raises `InputError` with a suggestion."""
     _load_all()
-    if name not in _RECIPES:
+    family, *keys = str(name).strip().lower().split(":")
+    if family not in _RECIPES:
         raise unknown("recipe", name, _RECIPES)
-    return _RECIPES[name]
+    return _RECIPES[family](keys)
 
 
 def names() -> list[str]:
-    """Names of all recipes."""
+    """Names of all recipes, without keys."""
     _load_all()
     return list(_RECIPES)
 
 
+def _without_keys(recipe: Recipe, keys: list[str]) -> Recipe:
+    if keys:
+        raise InputError(f"recipe {recipe.name} with key {keys[0]!r} (allowed: none)")
+    return recipe
+
+
 def _load_all() -> None:
-    from lowbit.qat import ste  # noqa: F401  (each module registers its recipes)
+    from lowbit.qat import loftq, qa_lora, qlora, ste  # noqa: F401  (each module registers its recipes)
