@@ -1,6 +1,7 @@
 """`lowbit train`: quantization-aware training of a model on a text."""
 
 import dataclasses
+import math
 import sys
 import time
 from pathlib import Path
@@ -48,7 +49,8 @@ class Train:
     rules: WordPath = None
     """TOML file of [[rule]] match, format; the first match wins."""
     recipe: str = "ste"
-    """ste: scales follow the weights; ste-learned: scales are trained."""
+    """ste: scales follow the weights; ste-learned: scales are trained; qlora, loftq, qa-lora: only adapters are, with
+    keys for rank, alpha and linears (qlora:r16:a32:q+v)."""
     teacher: Word = None
     """MODEL whose predictions are the target of kl (default: the model itself, as it was)."""
     seq: int = 256
@@ -121,6 +123,7 @@ class Train:
         import jax.numpy as jnp
 
         from lowbit import plan as plans
+        from lowbit.qat import adapters
         from lowbit.train import memory
         from lowbit.train.objective import language
 
@@ -144,11 +147,16 @@ class Train:
         batch = {k: ((train.batch_size, self.seq + 1), jnp.int32) for k in ("tokens", "segments")}
         bytes_ = memory.estimate(student, batch, objective, train, None if teacher is None else frozen)
         nbytes, bits, quantized = plans.total(table)
+        factors = adapters.parameters(jax.eval_shape(student))
+        if recipe.convert is adapters.convert:  # they stay beside the weights, in float32
+            nbytes, bits = nbytes + 4 * factors, bits + 32 * factors / config.num_params
+            quantized += 32 * factors / sum(math.prod(r.shape) for r in table if r.site in assignment)
         data = {
             "dry_run": True,
             "model": self.model,
             "devices": jax.device_count(),
             "params": config.num_params,
+            "adapter_params": factors,
             "tokens_per_step": train.batch_size * self.seq,
             "tokens": train.batch_size * self.seq * train.steps,
             "per_device": dataclasses.asdict(bytes_),

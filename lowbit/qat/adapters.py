@@ -12,6 +12,7 @@ A recipe's name is `NAME[:key...]`, keys in any order:
 """
 
 import dataclasses
+import math
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -168,6 +169,12 @@ def merged(params: Tree, dtype: str = "float32") -> Tree:
         return cast
 
     return replace(params, one)
+
+
+def parameters(params: Tree) -> int:
+    """How many numbers the adapters of a tree (of arrays or `ShapeDtypeStruct`s) hold."""
+    found = [_weight(leaf) for _, leaf in trees.items(params)]
+    return sum(math.prod(m.shape) for a in found if isinstance(a, Adapter) for m in (a.a, a.b))
 
 
 def replace(params: Tree, f: Callable[[str, Adapter], Any]) -> Tree:

@@ -2,18 +2,21 @@
 
 import dataclasses
 import functools
+import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from models import CONFIG, params, rows
+from safetensors.numpy import load_file
 
-from lowbit import qat
+from lowbit import cli, qat
 from lowbit import tree as trees
 from lowbit.errors import InputError
 from lowbit.evaluate.size import folder_sizes, layer_table, sizes
 from lowbit.export.api import export
+from lowbit.export.peft import base, export_peft
 from lowbit.formats import base as formats
 from lowbit.formats.activation import get_act
 from lowbit.formats.adapter import Adapter
@@ -313,6 +316,37 @@ def test_what_cannot_hold_an_adapter_says_so(tmp_path):
     merged = m.replace(params=qat.get("qa-lora").convert(m.params))
     report = export(merged, "gguf:Q4_1", tmp_path / "m.gguf")
     assert report["types"]["Q4_1"] == 4 and report["kl_mean"] == 0.0 and not report["fresh"]
+
+
+def test_peft_folders(tmp_path):
+    """Names, shapes and numbers as peft writes them; a pooled A is repeated over its groups."""
+    for recipe, fmt in (("qlora:r4:a8", "nf4:g16:dq"), ("qa-lora:r2:a4", "int4:g16:min32")):
+        tree = noisy(prepared(recipe, fmt))
+        export_peft(model(tree), tmp_path / recipe, "base")
+        tensors = load_file(tmp_path / recipe / "adapter_model.safetensors")
+        config = json.loads((tmp_path / recipe / "adapter_config.json").read_text())
+        assert config["target_modules"] == ["q_proj", "up_proj"] and config["base_model_name_or_path"] == "base"
+        assert len(tensors) == 8
+        leaf, name = trees.get(tree, Q_PROJ), f"base_model.model.{Q_PROJ}"
+        a, b = tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"]
+        assert a.shape == (config["r"], 32) and b.shape == (32, config["r"])
+        np.testing.assert_allclose(config["lora_alpha"] / config["r"] * b @ a, leaf.update(), rtol=1e-5, atol=1e-6)
+        assert same(base(model(tree)).params, rtn.quantize(params(), assigned(fmt)))
+    with pytest.raises(InputError, match="a model without adapters"):
+        export_peft(model(params()), tmp_path / "none")
+    only = model(qat.get("qlora:r2").prepare(params(), {Q_PROJ: formats.get("nf4:g16")}))
+    export_peft(only, tmp_path / "one")
+    assert json.loads((tmp_path / "one" / "adapter_config.json").read_text())["target_modules"] == [Q_PROJ]
+
+
+def test_the_merge_command(tmp_path, capsys):
+    tree = noisy(prepared("qlora:r4", "nf4:g16:dq"))
+    save_hf(model(tree), tmp_path / "m", dtype=None, packed=True)
+    assert cli.main(["merge", str(tmp_path / "m"), "--out", str(tmp_path / "out"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["folder"] == "plain"
+    assert same(load_hf(tmp_path / "out").params, adapters.merged(tree))
+    assert cli.main(["merge", str(tmp_path / "out"), "--out", str(tmp_path / "again")]) == 2
+    assert "no adapter to merge" in capsys.readouterr().err
 
 
 # -- refusals ---------------------------------------------------------------------------------------------------------
