@@ -17,6 +17,7 @@ VERBS: dict[str, tuple[str, str, str]] = {  # verb: (module, options class, one 
     "run": ("run", "Run", "run an experiment file"),
     "train": ("train", "Train", "quantization-aware training of a model"),
     "quantize": ("quantize", "Quantize", "quantize a model without training"),
+    "merge": ("merge", "Merge", "add the adapters of a model into its weights"),
     "transform": ("transform", "Transform", "rotate or smooth a model: the same function, easier to quantize"),
     "eval": ("evaluate", "Eval", "perplexity, divergence and size of a model"),
     "compare": ("evaluate", "Compare", "evaluate several models on one text, in one table"),

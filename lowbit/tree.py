@@ -2,7 +2,8 @@
 
 `model.layers.0.self_attn.q_proj.weight` is `tree["model"]["layers"]["0"]["self_attn"]["q_proj"]`. A bias is a sibling
 leaf whose key keeps its dot, `["self_attn"]["q_proj.bias"]`, so that joining the keys gives the HF name back.
-Leaves are arrays, `QTensor`s, or weights in training (`Latent`, `Coded`).
+Leaves are arrays, `QTensor`s, weights in training (`Latent`, `Coded`) or `Adapter`s, any of them inside of a
+`PreparedInput`, and `CacheSite`s.
 """
 
 from collections.abc import Callable, Iterator, Mapping

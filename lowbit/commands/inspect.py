@@ -50,15 +50,12 @@ def statistics(leaf: Any) -> dict[str, float | None]:
     """Minimum, maximum, mean and standard deviation of a weight's values, in float32 or better; None for a cache."""
     import numpy as np
 
-    from lowbit.formats.base import QTensor
-    from lowbit.formats.fake_quant import PreparedInput
+    from lowbit.kernels.qdot.api import dense
     from lowbit.models.cache import CacheSite
 
     if isinstance(leaf, CacheSite):
         return dict.fromkeys(("min", "max", "mean", "std"))
-    if isinstance(leaf, PreparedInput):
-        leaf = leaf.w
-    x = np.asarray(leaf.decode() if isinstance(leaf, QTensor) else leaf).astype(np.float64)
+    x = np.asarray(dense(leaf)).astype(np.float64)
     return {"min": float(x.min()), "max": float(x.max()), "mean": float(x.mean()), "std": float(x.std())}
 
 
@@ -166,9 +163,9 @@ def read_abstract(source: str) -> tuple[Any, Any]:
 def kept_dtypes(params: Any) -> dict[str, str]:
     """`{path: dtype}` of the parameters that are not packed."""
     from lowbit import tree as trees
-    from lowbit.formats.fake_quant import PreparedInput
+    from lowbit.formats.adapter import bare
 
-    plain = {p: a.w if isinstance(a, PreparedInput) else a for p, a in trees.items(params)}
+    plain = {p: bare(a) for p, a in trees.items(params)}
     return {p: str(a.dtype) for p, a in plain.items() if hasattr(a, "ndim")}
 
 

@@ -1,6 +1,7 @@
 """`lowbit train`: quantization-aware training of a model on a text."""
 
 import dataclasses
+import math
 import sys
 import time
 from collections.abc import Sequence
@@ -52,8 +53,9 @@ class Train:
     """TOML file of [[rule]] match, format; the first match wins."""
     recipe: str = "ste"
     """ste: scales follow the weights; ste-learned: scales are trained; block-ap: block by block; e2e-qp: scales alone,
-    codes fixed; efficientqat: block-ap, then e2e-qp; lsq, lsq+, paretoq, dorefa, pact, bitnet, bitnet-a4.8, bitnet-v2,
-    parq, binary-relax: as published (docs/qat.md)."""
+    codes fixed; efficientqat: block-ap, then e2e-qp; qlora, loftq, qa-lora: only adapters, with keys for rank, alpha
+    and linears (qlora:r16:a32:q+v); lsq, lsq+, paretoq, dorefa, pact, bitnet, bitnet-a4.8, bitnet-v2, parq,
+    binary-relax: as published (docs/qat.md)."""
     stages: Annotated[tuple[str, ...], tyro.conf.arg(metavar="STEP:FORMAT")] = ()
     """From update STEP on another format, or STEP:FILE.toml for other rules: gradual bit widths, activations that come
     later. The optimizer's state stays."""
@@ -134,6 +136,7 @@ class Train:
         import jax.numpy as jnp
 
         from lowbit import plan as plans
+        from lowbit.qat import adapters
         from lowbit.train import memory
         from lowbit.train.objective import language
 
@@ -161,11 +164,16 @@ class Train:
         if recipe.before is None or not recipe.before.alone:
             bytes_ = memory.estimate(student, batch, objective, train, None if teacher is None else frozen)
         nbytes, bits, quantized = plans.total(table)
+        factors = adapters.parameters(jax.eval_shape(student))
+        if recipe.convert is adapters.convert:  # they stay beside the weights, in float32
+            nbytes, bits = nbytes + 4 * factors, bits + 32 * factors / config.num_params
+            quantized += 32 * factors / sum(math.prod(r.shape) for r in table if r.site in assignment)
         data = {
             "dry_run": True,
             "model": self.model,
             "devices": jax.device_count(),
             "params": config.num_params,
+            "adapter_params": factors,
             "tokens_per_step": train.batch_size * self.seq,
             "tokens": train.batch_size * self.seq * train.steps,
             "per_device": bytes_ and dataclasses.asdict(bytes_),
@@ -347,12 +355,13 @@ def as_it_came(params: Any, source: Any) -> Any:
     import jax
 
     from lowbit import tree as trees
+    from lowbit.formats.adapter import Adapter
     from lowbit.formats.fake_quant import PreparedInput
 
     dtypes = kept_dtypes(source)
 
     def one(path: str, leaf: Any) -> Any:
-        if isinstance(leaf, PreparedInput):
+        if isinstance(leaf, PreparedInput | Adapter):
             return dataclasses.replace(leaf, w=one(path, leaf.w))
         return leaf.astype(dtypes[path]) if isinstance(leaf, jax.Array) else leaf
 

@@ -10,6 +10,7 @@ import jax
 
 from lowbit import tree as trees
 from lowbit.errors import InputError
+from lowbit.formats.adapter import Adapter, described_shapes, restore
 from lowbit.formats.base import Coded, Format, Latent, QTensor, stored_bytes
 from lowbit.formats.fake_quant import PreparedInput
 from lowbit.linalg.online import describe
@@ -35,12 +36,17 @@ class _Stored:
 
 
 def _stored(leaf: Any) -> _Stored:
-    """A weight in training counts as the codes that it stands for; a cache site as the arrays of its transform."""
+    """A weight in training counts as the codes that it stands for; a cache site as the arrays of its transform. The
+    factors of an adapter are bytes of the weight that they adapt, not further weights."""
     if isinstance(leaf, CacheSite):
         return _Stored(leaf.name, False, 0, (), tuple(caches.describe(leaf)[1].values()))
     if isinstance(leaf, PreparedInput):
         inner = _stored(leaf.w)
         return dataclasses.replace(inner, arrays=(*inner.arrays, *describe(leaf)[1].values()))
+    if isinstance(leaf, Adapter):
+        inner = _stored(leaf.w)
+        name = f"{inner.format}+lora:r{leaf.b.shape[-1]}"
+        return dataclasses.replace(inner, format=name, arrays=(*inner.arrays, leaf.a, leaf.b))
     if isinstance(leaf, Latent | Coded):
         return _stored(jax.eval_shape(lambda weight: weight.encode(), leaf))
     if isinstance(leaf, QTensor):
@@ -90,6 +96,9 @@ def folder_sizes(folder: str | Path) -> dict[str, Any]:
     for path, kind in kinds.items():
         w = jax.ShapeDtypeStruct(shapes[path], "float32" if isinstance(kind, Format) else kind)
         leaves[path] = jax.eval_shape(kind.encode, w) if isinstance(kind, Format) else w
+    for path, names in hf.stored_adapters(folder).items():
+        factors = described_shapes(path, names, shapes[path])
+        leaves[path] = restore(leaves[path], names, {k: jax.ShapeDtypeStruct(s, "float32") for k, s in factors.items()})
     return sizes(trees.build(leaves), config)
 
 

@@ -19,6 +19,8 @@ from lowbit.export.gguf_read import read_gguf
 from lowbit.export.gguf_types import TYPES, get
 from lowbit.export.hf import export_hf
 from lowbit.export.sources import Sources, leaves, open_sources, unwrap
+from lowbit.formats import adapter
+from lowbit.formats.adapter import Adapter
 from lowbit.formats.base import Format, QTensor
 from lowbit.formats.fake_quant import PreparedInput
 from lowbit.linalg import online
@@ -162,9 +164,14 @@ def _compare_hf(
 
 def _beside(leaf: Any) -> Any:
     """What a leaf holds besides its weight: names and bytes."""
-    if not isinstance(leaf, PreparedInput | CacheSite):
-        return None
-    names, arrays = (online if isinstance(leaf, PreparedInput) else cache).describe(leaf)
+    if isinstance(leaf, PreparedInput):
+        return *_named(*online.describe(leaf)), _beside(leaf.w)
+    if isinstance(leaf, Adapter):
+        return _named(*adapter.describe(leaf))
+    return _named(*cache.describe(leaf)) if isinstance(leaf, CacheSite) else None
+
+
+def _named(names: dict[str, Any], arrays: dict[str, Any]) -> tuple[dict[str, Any], dict[str, bytes]]:
     return names, {k: np.asarray(a).tobytes() for k, a in arrays.items()}
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lowbit.errors import InputError
+from lowbit.formats.adapter import Adapter
 from lowbit.formats.base import Coded, Format, Latent, QTensor
 from lowbit.formats.fake_quant import PreparedInput
 from lowbit.formats.floats import FloatFormat
@@ -48,7 +49,7 @@ def open_sources(source: Model | str | Path, drop_activations: bool = False, onl
 
     `drop_activations` gives the weights of layers that also quantize their input; without it these raise `InputError`,
     from a folder when they are loaded, and so do cache formats, at once. `online` does the same for layers that
-    transform their input. Raises `InputError` like `load_hf`, but for values.
+    transform their input or have an adapter. Raises `InputError` like `load_hf`, but for values.
     """
     if isinstance(source, Model):
         tensors = {}
@@ -82,8 +83,8 @@ def leaves(source: Model | str | Path) -> Iterator[tuple[str, Any]]:
 
 
 def unwrap(path: str, leaf: Any, drop_activations: bool = False, online: bool = False) -> Any:
-    """The array or `QTensor` of a leaf; a weight in training gives its codes and scales. Raises `InputError` for what
-    is done to its input, unless that may be left out."""
+    """The array or `QTensor` of a leaf; a weight in training gives its codes and scales. Raises `InputError` for an
+    adapter and for what is done to its input, unless that may be left out."""
     if isinstance(leaf, PreparedInput):
         if leaf.op is not None and not online:
             raise InputError(
@@ -94,6 +95,13 @@ def unwrap(path: str, leaf: Any, drop_activations: bool = False, online: bool = 
             raise InputError(
                 f"{path} quantizes its input ({leaf.act.name}), which the file cannot hold "
                 "(allowed: weight formats only, or drop_activations)"
+            )
+        leaf = leaf.w
+    if isinstance(leaf, Adapter):
+        if not online:
+            raise InputError(
+                f"{path} has an adapter, which the target cannot hold beside the weight (allowed: packed, or a merged "
+                "model: lowbit merge)"
             )
         leaf = leaf.w
     if isinstance(leaf, Latent | Coded):

@@ -437,4 +437,4 @@ def names() -> list[str]:
 
 def _load_all() -> None:
     # Imported on first use: each module registers its families, and this file stays below them.
-    from lowbit.formats import dorefa, floats, ggml, integer, ternary  # noqa: F401
+    from lowbit.formats import dorefa, floats, ggml, integer, normal_float, ternary  # noqa: F401

@@ -20,7 +20,6 @@ Keys: `mse` searches the scale (not for q4_1), and the clip policies of `lowbit.
 """
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -28,10 +27,8 @@ import numpy as np
 from einops import rearrange
 from jaxtyping import Array, Float, Int
 
-from lowbit.formats.base import Affine, Format, Params, QTensor, register
-from lowbit.formats.fake_quant import uniform_gradients
-from lowbit.formats.floats import round_to
-from lowbit.formats.integer import Uniform, parse_keys, signed_max, spread
+from lowbit.formats.base import Format, Params, register
+from lowbit.formats.integer import Offset, Uniform, parse_keys, signed_max
 from lowbit.formats.ternary import ternary_scale
 
 
@@ -100,63 +97,12 @@ class GGML(Uniform):
 
 
 @dataclasses.dataclass(frozen=True)
-class Q4_1(Uniform):
-    """`w_hat = c * d + m`, c in 0..15, d and m fp16 per 32 weights (5 bits per weight).
-
-    The decoder adds after multiplying, so the product has to be exact: 11 significant bits times 4 is. `d >= 0` when
-    fitted; trained d and m follow LSQ+ (arXiv 2004.09576): m gets the gradient of the saturated elements.
-    """
-
-    granularity: str | int = 32
+class Q4_1(Offset):
+    """`w_hat = c * d + m`, c in 0..15, d and m fp16 per 32 weights (5 bits per weight): `int4:g32:min`."""
 
     @property
     def name(self) -> str:
         return ":".join(["q4_1", *self._keys()])
-
-    @property
-    def bits(self) -> int:
-        return 4
-
-    @property
-    def levels(self) -> tuple[int, int]:
-        return (0, 15)
-
-    def fit(self, w_OGK: Float[Array, "O G K"]) -> Params:
-        low = self.reduce(jnp.minimum, w_OGK)
-        span = self.reduce(jnp.maximum, w_OGK) - low
-        return {"scale": span * np.float32(1 / 15), "min": round_to(low, "fp16")}
-
-    def stored(self, params: Params) -> Params:
-        return {"scale": self.stored_scale(params["scale"]), "min": round_to(params["min"], "fp16")}
-
-    def check_values(self, w_OI: Float[Array, "O I"], params: Params) -> None:
-        super().check_values(w_OI, params)
-        self.check_range("min", params["min"])
-
-    def quantize(self, w_OI: Float[Array, "O I"], stored: Params) -> Int[Array, "O I"]:
-        return super().quantize(w_OI - spread(stored["min"], w_OI.shape), stored)
-
-    def dequantize(self, codes_OI: Int[Array, "O I"], stored: Params) -> Float[Array, "O I"]:
-        return super().dequantize(codes_OI, stored) + spread(stored["min"], codes_OI.shape)
-
-    def pack(self, codes_OI: Int[Array, "O I"], stored: Params) -> dict[str, Array]:
-        return {**super().pack(codes_OI, stored), "min": stored["min"].astype(jnp.float16)}
-
-    def unpack(self, arrays: Mapping[str, Array], shape: tuple[int, int]) -> tuple[Int[Array, "O I"], Params]:
-        codes, stored = super().unpack(arrays, shape)
-        return codes, {**stored, "min": arrays["min"].astype(jnp.float32)}
-
-    def vjp(self, w_OI: Float[Array, "O I"], params: Params, g_OI: Float[Array, "O I"]) -> tuple[Array, Params]:
-        stored = self.stored(params)
-        scale, low = (spread(stored[k], w_OI.shape) for k in ("scale", "min"))
-        gw, gs, out = uniform_gradients(w_OI, scale, 0.0, self.levels, self.clip, g_OI, low)
-        factor = self.grad_factor(w_OI.shape)
-        sums = {k: self.reduce(jnp.add, self.blocks(g)) * factor for k, g in (("scale", gs), ("min", out))}
-        return gw, sums
-
-    def affine(self, q: QTensor) -> Affine:
-        low = np.asarray(q.arrays["min"].astype(jnp.float32))
-        return dataclasses.replace(super().affine(q), offset=low)
 
 
 # -- base 3: ggml's tq1_0 bytes, five trits each (the last four bytes of a block hold four) ---------------------------

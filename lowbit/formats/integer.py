@@ -2,6 +2,8 @@
 
     codes = clip(rne(w / s) + z, lo, hi)          w_hat = (codes - z) * s
 
+and `intN:min`, whose zero point is a float: `w_hat = codes * s + m`.
+
 The contract is division by the *stored* scale, half to even. Scales are rounded to their storage type (fp16 unless the
 name says otherwise) before any code is chosen, and never reach 0.
 """
@@ -142,10 +144,11 @@ class Uniform(Format):
         super().check_values(w_OI, params)
         self.check_range("scale", params["scale"])
 
-    def check_range(self, what: str, value: Array) -> None:
-        top, bound = float(jnp.max(jnp.abs(value))), LARGEST[self.storage]
+    def check_range(self, what: str, value: Array, storage: str | None = None) -> None:
+        storage = storage or self.storage
+        top, bound = float(jnp.max(jnp.abs(value))), LARGEST[storage]
         if not top <= bound:
-            raise FormatError(f"{self.name}: {what} of magnitude {top:g} (largest in {self.storage}: {bound:g})")
+            raise FormatError(f"{self.name}: {what} of magnitude {top:g} (largest in {storage}: {bound:g})")
 
     def quantize(self, w_OI: Float[Array, "O I"], stored: Params) -> Int[Array, "O I"]:
         codes = jnp.round(w_OI / spread(stored["scale"], w_OI.shape))
@@ -371,6 +374,72 @@ def signed_max(fmt: Uniform, w_OGK: Float[Array, "O G K"]) -> Float[Array, "R G"
     return jnp.where(high >= -low, high, low)
 
 
+@dataclasses.dataclass(frozen=True)
+class Offset(Uniform):
+    """`intN:gG:min`: `w_hat = c * d + m`, c in 0..2^N-1 and `m` the least weight of the group, a float.
+
+    Stored: `scale` d in fp16, `min` m in fp16 (`min`) or float32 (`min32`): `N + 32/G` or `N + 48/G` bits per weight.
+    The decoder adds after multiplying, so the product has to be exact: 11 significant bits times 8 are. `d >= 0` when
+    fitted; trained d and m follow LSQ+ (arXiv 2004.09576): m gets the gradient of the saturated elements. ggml's q4_1
+    is the grid of `int4:g32:min`.
+    """
+
+    granularity: str | int = 32
+    width: int = 4
+    least: str = "fp16"  # type of the minimum
+
+    @property
+    def name(self) -> str:
+        group = f"g{self.granularity}" if isinstance(self.granularity, int) else self.granularity
+        return ":".join([f"int{self.width}", group, "min" if self.least == "fp16" else "min32", *self._keys()])
+
+    @property
+    def bits(self) -> int:
+        return self.width
+
+    @property
+    def levels(self) -> tuple[int, int]:
+        return (0, 2**self.width - 1)
+
+    def fit(self, w_OGK: Float[Array, "O G K"]) -> Params:
+        low = self.reduce(jnp.minimum, w_OGK)
+        span = self.reduce(jnp.maximum, w_OGK) - low
+        return {"scale": span * np.float32(1 / self.levels[1]), "min": round_to(low, self.least)}
+
+    def stored(self, params: Params) -> Params:
+        return {"scale": self.stored_scale(params["scale"]), "min": round_to(params["min"], self.least)}
+
+    def check_values(self, w_OI: Float[Array, "O I"], params: Params) -> None:
+        super().check_values(w_OI, params)
+        self.check_range("min", params["min"], self.least)
+
+    def quantize(self, w_OI: Float[Array, "O I"], stored: Params) -> Int[Array, "O I"]:
+        return super().quantize(w_OI - spread(stored["min"], w_OI.shape), stored)
+
+    def dequantize(self, codes_OI: Int[Array, "O I"], stored: Params) -> Float[Array, "O I"]:
+        return super().dequantize(codes_OI, stored) + spread(stored["min"], codes_OI.shape)
+
+    def pack(self, codes_OI: Int[Array, "O I"], stored: Params) -> dict[str, Array]:
+        return {**super().pack(codes_OI, stored), "min": stored["min"].astype(STORAGE[self.least])}
+
+    def unpack(self, arrays: Mapping[str, Array], shape: tuple[int, int]) -> tuple[Int[Array, "O I"], Params]:
+        codes, stored = super().unpack(arrays, shape)
+        return codes, {**stored, "min": arrays["min"].astype(jnp.float32)}
+
+    def vjp(self, w_OI: Float[Array, "O I"], params: Params, g_OI: Float[Array, "O I"]) -> tuple[Array, Params]:
+        stored = self.stored(params)
+        scale, low = (spread(stored[k], w_OI.shape) for k in ("scale", "min"))
+        gw, gs, out = uniform_gradients(w_OI, scale, 0.0, self.levels, self.clip, g_OI, low)
+        factor = self.grad_factor(w_OI.shape)
+        sums = {k: self.reduce(jnp.add, self.blocks(g)) * factor for k, g in (("scale", gs), ("min", out))}
+        return gw, sums
+
+    def affine(self, q: QTensor) -> Affine:
+        found = super().affine(q)
+        low = np.asarray(q.arrays["min"].astype(jnp.float32))
+        return dataclasses.replace(found, offset=np.broadcast_to(low, found.scale.shape))
+
+
 # -- names ------------------------------------------------------------------------------------------------------------
 
 _KINDS = {
@@ -378,17 +447,20 @@ _KINDS = {
     "zero": r"asym",
     "rise": r"midrise",
     "center": r"centered",
+    "offset": r"min|min32",
     "calibration": r"absmax|signmax|minmax|mse|signmse|absmean",
     "clip": r"clip|rounded|lsq|paretoq|fixed(\d+(?:\.\d+)?)",
     "compat": r"paretoq-compat",
     "storage": r"f32|fp16|bf16",
     "search": r"mse",
 }
+_ALONE = ("asym", "midrise", "centered", "f32", "bf16")  # keys that an offset excludes
 _SAMPLES = {
     "granularity": ["tensor", "channel", "g64"],
     "zero": ["asym"],
     "rise": ["midrise"],
     "center": ["centered"],
+    "offset": ["min", "min32"],
     "calibration": ["absmax", "signmax", "minmax", "mse", "signmse"],
     "clip": ["clip", "rounded", "lsq", "paretoq", "fixed2"],
     "compat": ["paretoq-compat"],
@@ -426,8 +498,14 @@ def _default_calibration(width: int, asym: bool) -> str:
 def _parser(width: int):
     def parse(keys: list[str]) -> Format:
         family = f"int{width}"
-        kinds = ["granularity", "zero", "rise", "center", "calibration", "clip", "storage"]
+        kinds = ["granularity", "zero", "offset", "rise", "center", "calibration", "clip", "storage"]
         found = parse_keys(family, keys, kinds)
+        if least := found.pop("offset", None):
+            if stray := [key for key in keys if key in _ALONE or key.endswith(("max", "mse"))]:
+                raise FormatError(f"{family}: key {stray[0]!r} with {least} (allowed: a group and a gradient policy)")
+            found.pop("storage", None)
+            found = {"granularity": "channel"} | found
+            return Offset(width=width, least="fp16" if least == "min" else "f32", **found)
         asym, midrise = found.pop("zero", False), found.pop("rise", False)
         if midrise and (asym or width == 1):
             what = "asym" if asym else family
@@ -466,6 +544,7 @@ _EXAMPLES = {
         "int2:g64:mse",
         "int2:g64:signmse:lsq",
         "int2:tensor:asym:mse",
+        "int2:g64:min",
     ],
     3: [
         "int3:g64:midrise:lsq",
@@ -483,6 +562,7 @@ _EXAMPLES = {
         "int4:g64:clip:bf16",
         "int4:g128:mse:f32",
         "int4:tensor:mse",
+        "int4:g32:min32",
     ],
     5: ["int5:g64", "int5:tensor:asym", "int5:channel:mse"],
     6: ["int6:g64:fixed2", "int6:channel:asym", "int6:tensor:mse"],

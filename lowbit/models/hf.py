@@ -7,10 +7,11 @@ format each path has,
                             "dtypes": {PATH: dtype of the decoded weight, ...},
                             "inputs": {PATH: activation format, ...},
                             "online": {PATH: transform of the input, see `lowbit.linalg.online`, ...},
+                            "adapters": {PATH: {"rank": R, "scaling": S, "pool": G}, ...},
                             "caches": {PATH: {"format": cache format, "online": transform of the heads}, ...}}
 
-(the arrays of an activation format or a transform are the tensors `PATH.input.NAME` and `PATH.online.NAME`), so loading
-gives the same codes and scales back bit for bit.
+(the arrays of an activation format or a transform are the tensors `PATH.input.NAME` and `PATH.online.NAME`, those of an
+adapter `PATH.lora_a` and `PATH.lora_b`), so loading gives the same codes and scales back bit for bit.
 """
 
 import functools
@@ -27,7 +28,9 @@ import numpy as np
 
 from lowbit import tree as trees
 from lowbit.errors import InputError, unknown
+from lowbit.formats import adapter
 from lowbit.formats import base as formats
+from lowbit.formats.adapter import Adapter
 from lowbit.formats.base import Coded, Latent, QTensor
 from lowbit.formats.fake_quant import PreparedInput
 from lowbit.linalg.online import describe, described_shapes, restore
@@ -65,7 +68,7 @@ def load_hf(folder: str | Path) -> Model:
     folder = Path(folder)
     raw, config, quant = _read_config(folder)
     flat = {path: _to_device(read()) for path, read in _readers(folder, config, quant).items()}
-    dtypes = sorted({str(v.dtype) for v in flat.values() if not isinstance(v, QTensor | PreparedInput | CacheSite)})
+    dtypes = sorted({str(v.dtype) for v in flat.values() if isinstance(v, jax.Array)})
     meta = {"format": "hf-packed" if quant else "hf", "dtype": raw.get("dtype") or raw.get("torch_dtype") or dtypes[0]}
     return Model(config, trees.build(flat), load_tokenizer(folder), str(folder), meta)
 
@@ -107,6 +110,11 @@ def stored_kinds(folder: str | Path) -> dict[str, Any]:
     }
 
 
+def stored_adapters(folder: str | Path) -> dict[str, dict[str, Any]]:
+    """`{path: {"rank", "scaling", "pool"}}` of the weights of a folder that have an adapter."""
+    return (_read_config(Path(folder))[2] or {}).get("adapters", {})
+
+
 def save_hf(
     model: Model,
     folder: str | Path,
@@ -145,12 +153,13 @@ class HfWriter:
         self.dtypes: dict[str, str] = {}
         self.names: dict[str, dict[str, str]] = {"input": {}, "online": {}}
         self.caches: dict[str, dict[str, str]] = {}
+        self.adapters: dict[str, dict[str, Any]] = {}
         self.seen: dict[str, str] = {}
         to_hf(config, dtype or "float32", native=packed)  # fails before anything is written
 
     def add(self, path: str, leaf: Any) -> None:
-        """Appends a parameter: an array, `QTensor`, `Latent`, `Coded` or `PreparedInput`; or a `CacheSite`, which only
-        a packed folder keeps: to any other it is the runtime's choice."""
+        """Appends a parameter: an array, `QTensor`, `Latent`, `Coded`, `Adapter` or `PreparedInput`; or a `CacheSite`,
+        which only a packed folder keeps: to any other it is the runtime's choice."""
         if path in self.seen or path in self.caches:
             raise InputError(f"parameter {path} twice (allowed: once)")
         if isinstance(leaf, CacheSite):
@@ -171,6 +180,17 @@ class HfWriter:
                     f"cannot save {path}: its input is transformed online ({leaf.op.name}), which only a packed folder "
                     "holds (allowed: packed)"
                 )
+            leaf = leaf.w
+        if isinstance(leaf, Adapter):
+            if not self.packed:
+                raise InputError(
+                    f"cannot save {path}: it has an adapter, which only a packed folder holds "
+                    "(allowed: packed, or merge it first)"
+                )
+            self.adapters[path], arrays = adapter.describe(leaf)
+            for name, a in arrays.items():
+                require_finite(np.asarray(a), f"{path}.{name}", "cannot save")
+                self.shards.add(f"{path}.{name}", np.asarray(a))
             leaf = leaf.w
         if isinstance(leaf, Latent | Coded):
             leaf = leaf.encode() if self.packed else leaf.value()
@@ -208,6 +228,8 @@ class HfWriter:
                 out["quantization_config"]["online"] = self.names["online"]
             if self.caches:
                 out["quantization_config"]["caches"] = self.caches
+            if self.adapters:
+                out["quantization_config"]["adapters"] = self.adapters
         generation = {k: out[k] for k in ("bos_token_id", "eos_token_id")} | {"_from_model_config": True}
         _write_json(self.folder / "config.json", out)
         _write_json(self.folder / "generation_config.json", generation)
@@ -279,7 +301,8 @@ def _readers(folder: Path, config: ModelConfig, quant: dict[str, Any] | None) ->
         if dtype not in FLOATS:
             raise unknown(f"dtype of {path} in config.json", dtype, FLOATS)
     shapes = config.shapes()
-    if stray := sorted(p for p in {**fmts, **names} if len(shapes.get(p, ())) != 2):
+    adapters = (quant or {}).get("adapters", {})
+    if stray := sorted(p for p in {**fmts, **names, **adapters} if len(shapes.get(p, ())) != 2):
         raise InputError(f"config.json gives formats to what is no matrix of the model: {some(stray)}")
     sites = (quant or {}).get("caches", {})
     if stray := sorted(sites.keys() - set(caches.paths(config))):
@@ -301,6 +324,11 @@ def _readers(folder: Path, config: ModelConfig, quant: dict[str, Any] | None) ->
         own = described_shapes(kinds, shapes[path][1])
         prepared[path] = {name: f"{path}.{name}" for name in own}
         expected |= {f"{path}.{name}": (shape, None) for name, shape in own.items()}
+    factors: dict[str, dict[str, str]] = {}  # path -> {array of its adapter: tensor name}
+    for path, kinds in adapters.items():
+        own = adapter.described_shapes(path, kinds, shapes[path])
+        factors[path] = {name: f"{path}.{name}" for name in own}
+        expected |= {f"{path}.{name}": (shape, None) for name, shape in own.items()}
     for path, kinds in sites.items():
         own = caches.described_shapes(kinds)
         prepared[path] = {name: f"{path}.{name}" for name in own}
@@ -319,6 +347,8 @@ def _readers(folder: Path, config: ModelConfig, quant: dict[str, Any] | None) ->
             leaf: Any = QTensor(arrays, fmts[path], (shape[0], shape[1]), dtypes.get(path, "float32"))
         else:
             leaf = shards.read(where[path][""])
+        arrays = {name: jnp.asarray(shards.read(n)) for name, n in factors.get(path, {}).items()}
+        leaf = adapter.restore(leaf, adapters.get(path), arrays)
         return restore(leaf, names.get(path, {}), own)
 
     return {path: functools.partial(read, path) for path in (*shapes, *sites)}

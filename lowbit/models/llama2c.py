@@ -26,6 +26,7 @@ from lowbit import tree as trees
 from lowbit.errors import InputError
 from lowbit.formats import base as formats
 from lowbit.formats.activation import get_act
+from lowbit.formats.adapter import Adapter
 from lowbit.formats.base import QTensor
 from lowbit.formats.fake_quant import PreparedInput
 from lowbit.models.config import ModelConfig
@@ -114,6 +115,8 @@ def save_llama2c(model: Model, path: str | Path) -> None:
         leaf = trees.get(model.params, name)
         if isinstance(leaf, PreparedInput):
             raise InputError(f"a llama2.c file cannot hold the activation format of {name} (allowed: weights only)")
+        if isinstance(leaf, Adapter):
+            raise InputError(f"a llama2.c file cannot hold the adapter of {name} (allowed: a merged model)")
         leaf = leaf.decode() if isinstance(leaf, QTensor) else getattr(leaf, "value", lambda: leaf)()
         return _interleave(np.asarray(leaf, "<f4"), name, c)
 

@@ -36,7 +36,7 @@ class Tokenizer(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """`params` is a `lowbit.tree` whose leaves are arrays, `QTensor`s, `Latent`s, `Coded`s or `PreparedInput`s, and
+    """`params` is a `lowbit.tree` whose leaves are arrays, `QTensor`s, weights in training or `PreparedInput`s, and
     `CacheSite`s.
 
     `source` is the path or hub id it was read from; `meta` holds what a reader found beyond that (`format`, `dtype`).

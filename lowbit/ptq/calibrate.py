@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int
 from lowbit import tree as trees
 from lowbit.data.rows import permute
 from lowbit.errors import InputError
+from lowbit.formats.adapter import Adapter
 from lowbit.formats.base import Coded, Latent, QTensor
 from lowbit.formats.fake_quant import PreparedInput
 from lowbit.kernels.qdot.api import dense
@@ -147,7 +148,7 @@ def working(layer: Tree, acts: bool = True) -> Tree:
         if isinstance(leaf, PreparedInput):
             w = _float32(leaf.w)
             flat[path] = PreparedInput(w, leaf.act, leaf.op, leaf.params) if acts else PreparedInput(w, op=leaf.op)
-        elif isinstance(leaf, np.ndarray | jax.Array | QTensor | Latent | Coded):
+        elif isinstance(leaf, np.ndarray | jax.Array | QTensor | Latent | Coded | Adapter):
             flat[path] = _float32(leaf)
         elif acts:
             flat[path] = leaf
@@ -155,7 +156,7 @@ def working(layer: Tree, acts: bool = True) -> Tree:
 
 
 def _float32(w: Any) -> Array:
-    return jnp.asarray(dense(w) if isinstance(w, QTensor | Latent | Coded) else w, jnp.float32)
+    return jnp.asarray(dense(w) if isinstance(w, QTensor | Latent | Coded | Adapter) else w, jnp.float32)
 
 
 def linears(config: ModelConfig) -> dict[str, str]:

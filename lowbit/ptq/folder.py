@@ -18,6 +18,7 @@ from typing import Any, Protocol, runtime_checkable
 import jax.numpy as jnp
 
 from lowbit.errors import InputError
+from lowbit.formats import adapter
 from lowbit.formats import base as formats
 from lowbit.formats.base import QTensor
 from lowbit.formats.kv import KVFormat
@@ -129,7 +130,7 @@ def write_block(done: Path, config: ModelConfig, leaves: Iterable[tuple[str, Any
             del leaf  # before the next one is read
         writer.shards.close()
         kinds = {"formats": writer.formats, "dtypes": writer.dtypes, "seen": writer.seen, "caches": writer.caches}
-        kinds |= writer.names | more
+        kinds |= writer.names | {"adapters": writer.adapters} | more
         (tmp / LEAVES).write_text(json.dumps(kinds))
         for path in tmp.iterdir():
             with open(path, "rb+") as f:
@@ -157,12 +158,14 @@ def stored_block(done: Path, config: ModelConfig) -> Block:
         if path in kinds["caches"]:
             return caches.restore(kinds["caches"][path], arrays)
         inputs = {k: arrays.pop(k) for k in list(arrays) if k.startswith(("input.", "online."))}
+        factors = {k: arrays.pop(k) for k in adapter.ARRAYS if k in arrays}
         if path in kinds["formats"]:
             out, inner = shapes[path]
             fmt = formats.get(kinds["formats"][path])
             leaf: Any = QTensor(arrays, fmt, (out, inner), kinds["dtypes"][path])
         else:
             leaf = shards.read(tensor_name(path))
+        leaf = adapter.restore(leaf, kinds["adapters"].get(path), factors)
         return restore(leaf, {k: kinds[k][path] for k in ("input", "online") if path in kinds[k]}, inputs)
 
     return {path: partial(read, path) for path in (*kinds["seen"], *kinds["caches"])}
@@ -200,6 +203,7 @@ def _assemble(src: Path, config: ModelConfig, blocks: list[Path], tmp: Path) -> 
         writer.dtypes |= kinds["dtypes"]
         writer.seen |= kinds["seen"]
         writer.caches |= kinds["caches"]
+        writer.adapters |= kinds["adapters"]
         for kind, names in writer.names.items():
             names |= kinds[kind]
     writer.close()

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float
 
 from lowbit import tree as trees
 from lowbit.errors import InputError
+from lowbit.formats.adapter import Adapter
 from lowbit.formats.base import Coded, Format, Latent, Params, QTensor
 from lowbit.formats.fake_quant import PreparedInput
 from lowbit.models import hf
@@ -93,6 +94,8 @@ def quantize_leaf(path: str, leaf: Any, assignment: Mapping[str, Any], stored: S
 def check_leaf(path: str, leaf: Any, fmt: Any, act: Any) -> None:
     """Raises `InputError` where a weight or an input would be quantized twice."""
     prepared = leaf if isinstance(leaf, PreparedInput) else PreparedInput(leaf)
+    if fmt is not None and isinstance(prepared.w, Adapter):
+        raise InputError(f"{path} has an adapter (allowed: float weights; merge the adapter first)")
     if fmt is not None and isinstance(prepared.w, QTensor | Latent | Coded):
         raise InputError(f"{path} is quantized already (allowed: float weights; nothing is quantized twice)")
     if act is not None and prepared.act is not None:

@@ -18,14 +18,15 @@ from lowbit.tree import Tree
 
 class Prepare(Protocol):
     def __call__(self, params: Tree, assignment: Assignment, *, stored: Stored | None = None) -> Tree:
-        """Parameters in training: float32 latents at the sites of `assignment` (see `Plan.resolve`); `stored` are the
-        arrays of static activation formats, by path."""
+        """Parameters in training: what the recipe trains, in float32, at the sites of `assignment` (`Plan.resolve`);
+        `stored` are the arrays of static activation formats, by path."""
         ...
 
 
 class Convert(Protocol):
     def __call__(self, params: Tree) -> Tree:
-        """Packed weights with the trained codes and scales; its forward pass equals that of `params` bit for bit."""
+        """Packed weights with the trained codes and scales; its forward pass equals that of `params` bit for bit, but
+        for what a recipe merges (which says how closely)."""
         ...
 
 
@@ -105,4 +106,4 @@ def _without_keys(recipe: Recipe, keys: list[str]) -> Recipe:
 
 def _load_all() -> None:
     # Each module registers its recipes.
-    from lowbit.qat import bitnet, dorefa, efficientqat, lsq, paretoq, proximal, ste  # noqa: F401
+    from lowbit.qat import bitnet, dorefa, efficientqat, loftq, lsq, paretoq, proximal, qa_lora, qlora, ste  # noqa: F401

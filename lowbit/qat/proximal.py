@@ -29,8 +29,7 @@ from lowbit.errors import InputError
 from lowbit.formats.base import Format, Latent, Params
 from lowbit.formats.dorefa import DoReFa
 from lowbit.formats.fake_quant import PreparedInput
-from lowbit.formats.ggml import Q4_1
-from lowbit.formats.integer import Integer, Uniform, spread
+from lowbit.formats.integer import Integer, Offset, Uniform, spread
 from lowbit.qat import latents
 from lowbit.qat.base import Recipe, register_family
 from lowbit.qat.latents import Assignment, Stored
@@ -120,7 +119,7 @@ def prepare(params: Tree, assignment: Assignment, *, stored: Stored | None = Non
 
 def start(fmt: Format, w: jax.Array, kind: str = "parq") -> tuple[Format, Params]:
     """See the module. Raises `InputError`."""
-    known = isinstance(fmt, Uniform) and not isinstance(fmt, Q4_1 | DoReFa)
+    known = isinstance(fmt, Uniform) and not isinstance(fmt, Offset | DoReFa)
     if kind == "parq" and not known:
         raise InputError(
             f"format {fmt.name!r} with recipe parq (allowed: levels times a scale, or recipe binary-relax)"

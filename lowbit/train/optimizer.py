@@ -9,7 +9,10 @@ import optax
 from jaxtyping import Array
 
 from lowbit.errors import InputError, unknown
+from lowbit.formats.adapter import ARRAYS
 from lowbit.train.config import OPTIMIZERS, SCHEDULES, TrainConfig
+
+FACTORS = tuple(f":{k}" for k in ARRAYS)  # of adapters
 
 
 def schedule(config: TrainConfig) -> optax.Schedule:
@@ -45,7 +48,8 @@ def schedule(config: TrainConfig) -> optax.Schedule:
 
 def factors(names: Iterable[str], config: TrainConfig) -> dict[str, float]:
     """Factor of the learning rate for each name: the first group that matches, else `scale_lr` for what a format
-    learned (`path:scale`), else 1. Raises `InputError` on a bad regex or a group that matches nothing."""
+    learned (`path:scale`), else 1, which goes for adapters too. Raises `InputError` on a bad regex or a group that
+    matches nothing."""
     names = list(names)
     groups = []
     for match, factor in config.lr_groups:
@@ -57,12 +61,14 @@ def factors(names: Iterable[str], config: TrainConfig) -> dict[str, float]:
             raise InputError(f"lr_groups: factor of {match!r} is {factor} (allowed: at least 0)")
         if not any(groups[-1][0].fullmatch(n) for n in names):
             raise InputError(f"lr_groups: {match!r} matches nothing (allowed: whole names such as {names[0]!r})")
+    learned = {n: ":" in n and not n.endswith(FACTORS) for n in names}
     default = {True: config.scale_lr, False: 1.0}
-    return {n: next((f for g, f in groups if g.fullmatch(n)), default[":" in n]) for n in names}
+    return {n: next((f for g, f in groups if g.fullmatch(n)), default[learned[n]]) for n in names}
 
 
 def decays(name: str, ndim: int) -> bool:
-    """Whether weight decay applies: to matrices of linears, not to norms, biases, embeddings or learned scales."""
+    """Whether weight decay applies (and Muon's orthogonal steps): to matrices of linears, not to norms, biases,
+    embeddings, learned scales, or the factors of adapters, whose rank is what limits them."""
     return ndim == 2 and ":" not in name and not name.endswith("embed_tokens")
 
 

@@ -2,7 +2,8 @@
 
 A weight keeps its path as its name whether it is a plain array or the latent of a quantized layer, so optimizer
 groups, sharding rules and checkpoints need not know which. What a format adds gets a suffix: a learned scale of
-`model.layers.0.mlp.up_proj` is `model.layers.0.mlp.up_proj:scale`, packed codes are `...:codes`.
+`model.layers.0.mlp.up_proj` is `model.layers.0.mlp.up_proj:scale`, packed codes are `...:codes`, the factors of an
+adapter `...:lora_a` and `...:lora_b`.
 """
 
 import dataclasses
@@ -11,8 +12,9 @@ from typing import Any
 
 from lowbit import tree as trees
 from lowbit.errors import InputError, unknown
-from lowbit.formats import base
+from lowbit.formats import adapter, base
 from lowbit.formats.activation import get_act
+from lowbit.formats.adapter import Adapter
 from lowbit.formats.base import Coded, Latent, QTensor
 from lowbit.formats.fake_quant import PreparedInput
 from lowbit.linalg import online
@@ -41,6 +43,10 @@ def flatten(params: Mapping[str, Any]) -> tuple[Flat, Layout]:
             names, arrays = online.describe(leaf)
             entry |= names | {"prepared": sorted(arrays)}
             flat |= {f"{path}:{k}": arrays[k] for k in sorted(arrays)}
+            leaf = leaf.w
+        if isinstance(leaf, Adapter):
+            entry["adapter"], arrays = adapter.describe(leaf)
+            flat |= {f"{path}:{k}": a for k, a in arrays.items()}
             leaf = leaf.w
         if isinstance(leaf, Latent):
             entry |= {"kind": "latent", "format": leaf.format.name, "arrays": sorted(leaf.params)}
@@ -85,9 +91,11 @@ def unflatten(flat: Mapping[str, Any], layout: Layout) -> Tree:
                     continue
                 case kind:
                     raise unknown(f"kind of {path}", kind, ["array", "latent", "coded", "packed", "cache"])
+            factors = {k: flat[f"{path}:{k}"] for k in adapter.ARRAYS if "adapter" in entry}
             own = {k: flat[f"{path}:{k}"] for k in entry.get("prepared", ())}
         except KeyError as e:
             raise InputError(f"parameters have no {e.args[0]!r} (needed for {path})") from e
+        leaf = adapter.restore(leaf, entry.get("adapter"), factors)
         out[path] = online.restore(leaf, {k: entry[k] for k in ("input", "online") if k in entry}, own)
     return trees.build(out)
 
@@ -105,8 +113,10 @@ def mixed(params: Tree, mix: Any) -> Tree:
 
 def trainable(layout: Layout) -> set[str]:
     """Names that an optimizer may change: everything but codes, the arrays of packed weights, of activation formats
-    (unless those learn them), of caches and of online transforms."""
-    names: set[str] = set()
+    (unless those learn them), of caches and of online transforms. In a tree with adapters, their factors alone."""
+    names = {f"{path}:{k}" for path, entry in layout.items() if "adapter" in entry for k in adapter.ARRAYS}
+    if names:
+        return names
     for path, entry in layout.items():
         if "input" in entry and getattr(get_act(entry["input"]), "learned", False):
             names |= {f"{path}:{k}" for k in entry["prepared"] if k.startswith("input.")}

@@ -18,6 +18,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 from jaxtyping import Array
 
 from lowbit.errors import InputError
+from lowbit.formats.adapter import ARRAYS
 
 AXES = ("data", "fsdp", "tensor")
 BATCH = ("data", "fsdp")
@@ -57,14 +58,16 @@ def shard(params: Mapping[str, Any], mesh: Mesh | AbstractMesh) -> Sharding:
     """Partition of named parameters (arrays or `ShapeDtypeStruct`s); see the module's docstring for the rules."""
     specs, whole = {}, []
     for name, a in params.items():
-        path = name.partition(":")[0]
-        axes = next((axes for rule, axes in RULES if re.fullmatch(rule, path)), None)
+        path, _, part = name.partition(":")
+        axes: Any = next((axes for rule, axes in RULES if re.fullmatch(rule, path)), None)
+        if axes is not None and part in ARRAYS:  # the rank of an adapter stays whole
+            axes = (None, axes[1]) if part == ARRAYS[0] else (axes[0], None)
         if axes is None or a.ndim != 2:
             specs[name] = PartitionSpec()
             continue
         spec: list[str | None] = []
         for axis, size in zip(axes, a.shape, strict=True):
-            n = mesh.shape[axis]
+            n = 1 if axis is None else mesh.shape[axis]
             if size % n and size > 1:
                 whole.append(f"{name}: {size} does not divide over {n} {axis} devices")
             spec.append(axis if size % n == 0 and n > 1 else None)

@@ -23,6 +23,7 @@ from lowbit.formats.fake_quant import PreparedInput
 from lowbit.formats.floats import FloatFormat
 from lowbit.formats.ggml import GGML
 from lowbit.formats.integer import Integer, Uniform
+from lowbit.formats.normal_float import NormalFloat
 from lowbit.formats.ternary import Ternary
 from lowbit.kernels.qdot import qdot
 
@@ -32,11 +33,11 @@ X = np.random.default_rng(1).standard_normal((3, SHAPE[1])).astype(np.float32)
 # Formats that add no pair of choices to the others run with `-m slow` only.
 SPARE = """f32 int1:channel:paretoq ternary:channel:paretoq-compat
 int2:g64 int2:g64:mse int3:g64 ternary:channel ternary:g64:lsq ternary:tensor:f32 q4_0:mse:lsq
-q2_0:mse""".split()
+q2_0:mse nf2 nf4""".split()
 # The laws that compile large programs run over one format of each code path by default.
 MOST = """bf16 int1:g64 int2:g64:midrise:mse:paretoq ternary:channel:paretoq
 int2:tensor:asym:mse int3:g64:asym:rounded int4:g64 int4:g64:clip:bf16 ternary:tensor
-q4_0 q4_1 tq1_0""".split()
+q4_0 q4_1 tq1_0 nf4:dq""".split()
 REST = [n for n in NAMES if n not in MOST]
 
 
@@ -161,7 +162,7 @@ def test_affine_reconstructs_decode(name: str):
         q = encoded(name, what)
         affine = q.format.affine(q)
         if affine is None:
-            assert name in ("f32", "fp16", "bf16")
+            assert isinstance(q.format, FloatFormat | NormalFloat)
             return
         assert affine.codes.shape == SHAPE and affine.scale.shape == (SHAPE[0], SHAPE[1] // affine.group)
         assert same_bits(affine.decode(), q.decode()), what
@@ -184,7 +185,7 @@ def foreign_decode(type: str, blocks: np.ndarray) -> np.ndarray:
 @every
 def test_ggml_blocks_decode_to_the_same_weights(name: str):
     ggml_type = name.split(":")[0].upper()
-    if isinstance(base.get(name), FloatFormat):
+    if isinstance(base.get(name), FloatFormat | NormalFloat):
         return
     for what in W:
         q = encoded(name, what)
@@ -230,6 +231,10 @@ def test_size_law(name: str):
         ("q2_0", 2.25),
         ("tq1_0", 1.6875),
         ("tq2_0", 2.0625),
+        ("nf4", 4.5),
+        ("nf3:g32", 4),
+        ("nf2", 2.5),
+        ("nf4:dq", 4 + (8 + 32 / 8) / 64 + 32 / 4096),  # 8 rows: a step for as many absmax, an offset for all
     ],
 )
 def test_declared_bits(name: str, bits: float):
@@ -521,6 +526,9 @@ def test_mesh(names: list[str]):
         ("ternary:asym", r"unknown key of ternary 'asym'"),
         ("q4_0:g64", r"unknown key of q4_0 'g64'"),
         ("q4_1:mse", r"unknown key of q4_1 'mse'"),
+        ("nf4:mse", r"unknown key of nf4 'mse' \(allowed: dq, g64\)"),
+        ("nf4:g32:g64", r"nf4: key 'g64' gives a second block"),
+        ("nf5", r"unknown format 'nf5'; did you mean 'nf\d'"),
         ("bf16:g64", r"unknown key 'g64' of bf16 \(allowed: none\)"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Dispatch on what the weight is: an array, packed codes, or a weight in training."""
+"""Dispatch on what the weight is: an array, packed codes, a weight in training, or one with an adapter."""
 
 from typing import Any
 
@@ -6,17 +6,20 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from lowbit.formats.adapter import Adapter
 from lowbit.formats.base import Coded, Latent, QTensor
 from lowbit.formats.fake_quant import PreparedInput
 
-Weight = Array | QTensor | Latent | Coded | PreparedInput
+Weight = Array | QTensor | Latent | Coded | Adapter | PreparedInput
 EXACT = 2**24  # whole numbers up to here are exact in float32
 
 
 def dense(w: Weight) -> Float[Array, "O I"]:
-    """The weight matrix that the product uses."""
+    """The weight matrix that the product uses; an adapter's update is added in float32."""
     if isinstance(w, PreparedInput):
         return dense(w.w)
+    if isinstance(w, Adapter):
+        return dense(w.w).astype(jnp.float32) + w.update()
     if isinstance(w, QTensor):
         return w.decode()
     if isinstance(w, Latent | Coded):
@@ -34,13 +37,23 @@ def qdot(x_BTI: Float[Array, "*batch I"], w: Weight) -> Float[Array, "*batch O"]
 
     A `PreparedInput` first transforms and quantizes `x`. Where inputs and weights are both integers times one scale
     (per token; per row or matrix), the product is that of the integers, `(x_codes @ w_codes.T) * (s_x * s_w)`, as long
-    as no sum can leave the integers that float32 holds: the same bits as any int8 kernel, in training too.
+    as no sum can leave the integers that float32 holds: the same bits as any int8 kernel, in training too. An `Adapter`
+    adds its low-rank product to that of its weight before the result is rounded to `x`'s dtype.
     """
     whole = _integers(x_BTI, w)
     if whole is not None:
         return whole
     x_BTI = prepared(x_BTI, w)
-    return _dot(x_BTI, dense(w).astype(x_BTI.dtype)).astype(x_BTI.dtype)
+    w = w.w if isinstance(w, PreparedInput) else w
+    if isinstance(w, Adapter):
+        # Nothing trains the weight, so a gradient would keep it decoded from the forward pass to the backward one; it
+        # is decoded twice instead, and stays packed in between.
+        return (jax.checkpoint(_product)(x_BTI, w.w) + w.low_rank(x_BTI)).astype(x_BTI.dtype)
+    return _product(x_BTI, w).astype(x_BTI.dtype)
+
+
+def _product(x_BTI: Array, w: Weight) -> Array:
+    return _dot(x_BTI, dense(w).astype(x_BTI.dtype))
 
 
 def _dot(x: Array, w_OI: Array) -> Array:

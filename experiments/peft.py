@@ -1,0 +1,154 @@
+"""Adapters over packed weights: where they start, what training wins, and what they take, at 4 and at 2 bits.
+
+Paper: QLoRA (arXiv 2305.14314), LoftQ (2310.08659), QA-LoRA (2309.14717). Every row trains on the same rows of text, by
+    forward KL to the full-precision model; only the adapters learn. `start` is the KL before training, which is that of
+    rounding to nearest for QLoRA and QA-LoRA; bits count the adapters, in float32, where they stay beside the weights.
+    QA-LoRA's are merged into the minima: its formats are those of GGUF's Q4_1 and the same at 2 bits.
+Command: lowbit run experiments/peft.py
+Device: 2 CPU cores; the model and TinyStories lie in the folder that LOWBIT_SHARED names (default ../shared)
+Expected time: 5 minutes on 2 CPU cores
+Expected numbers: docs/peft.md has the table
+"""
+
+import dataclasses
+import inspect
+import json
+import os
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lowbit import qat
+from lowbit import tree as trees
+from lowbit.data import rows
+from lowbit.errors import InputError
+from lowbit.evaluate.perplexity import evaluate
+from lowbit.experiment import report
+from lowbit.experiment.config import load
+from lowbit.experiment.run import Run, write_json
+from lowbit.experiment.texts import Data, first_tokens, read_documents, split
+from lowbit.export.open import open_model
+from lowbit.models.hf import load_hf, save_hf
+from lowbit.models.model import Model
+from lowbit.ptq import rtn
+from lowbit.qat import adapters
+from lowbit.train.config import TrainConfig
+from lowbit.tree import Tree
+
+SHARED = Path(os.environ.get("LOWBIT_SHARED", "../shared")) / "data"
+# What every experiment on one model and one text shares: the plan, and training that resumes.
+quickstart = inspect.getmodule(load(Path(__file__).with_name("quickstart.py")).run)
+ROWS = (
+    "rtn nf4:dq",
+    "qlora:r8 nf4:dq",
+    "loftq:r8 nf4:dq",
+    "rtn q4_1",
+    "qa-lora:r2 q4_1",
+    "rtn nf2:dq",
+    "qlora:r8 nf2:dq",
+    "loftq:r8 nf2:dq",
+    "rtn int2:g32:min",
+    "qa-lora:r2 int2:g32:min",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Opt:
+    """AdamW with a cosine schedule, the same for every trained row."""
+
+    lr: float = 5e-3
+    steps: int = 48
+    batch_size: int = 8
+    """Rows of one step."""
+    seq: int = 256
+    """Tokens of one row."""
+    seed: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    model: str = str(SHARED / "models/stories260K/stories260K.bin")
+    """Folder, file, run directory, hub id or name in the package."""
+    rows: tuple[str, ...] = ROWS
+    """Recipe (or rtn) and format of the linears inside blocks."""
+    keep: tuple[str, ...] = (r".*\.mlp\.down_proj",)
+    """Regular expressions of weights that stay bf16."""
+    data: Data = Data(path=SHARED / "corpora/tinystories/ts_val_decoded.txt")
+    opt: Opt = Opt()
+
+
+def run(config: Config, run: Run) -> None:
+    documents = read_documents(config.data)
+    base = open_model(config.model)
+    if base.tokenizer is None:
+        raise InputError(f"model {config.model} has no tokenizer (allowed: a model with one)")
+    fp = base.replace(params=jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), base.params))
+    train_documents, held_out, _ = split(config.data, base, documents)
+    packed = rows.prepare(train_documents, base.tokenizer, config.opt.seq, run.path("rows"))
+    text = first_tokens(base, held_out, config.data.eval_tokens)
+    table = []
+    for name in config.rows:
+        saved = run.path("measured", f"{slug(name)}.json")
+        if not saved.exists():
+            write_json(saved, measure(config, run, fp, packed, text, name))
+        table.append(json.loads(saved.read_text()))
+    notes = (
+        f"{len(text.split())} words of held-out text; each trained row saw "
+        f"{config.opt.steps * config.opt.batch_size * config.opt.seq} tokens; `{'`, `'.join(config.keep)}` stays bf16."
+    )
+    paths = report.write_report(table, run.path("report"), "Adapters over packed weights", notes)
+    run.summary(rows=table, report=str(paths["report.html"]))
+    print(report.text_table(table), flush=True)
+
+
+def measure(config: Config, run: Run, fp: Model, packed: rows.Rows, text: str, name: str) -> dict[str, Any]:
+    """One row, evaluated from the packed folder that it was saved to."""
+    recipe_name, fmt = name.split()
+    assignment = quickstart.make_plan(config, fmt).resolve(fp.config.shapes())
+    begin, start, trained = time.monotonic(), None, 0
+    if recipe_name == "rtn":
+        params = rtn.quantize(fp.params, assignment)
+    else:
+        recipe = qat.get(recipe_name)
+        params = recipe.prepare(fp.params, assignment)
+        trained = adapters.parameters(params)
+        start = evaluate(fp.replace(params=params), text, fp)["kl_mean"]
+        params = recipe.convert(fit(config, run, packed, fp, params, name))
+    seconds = time.monotonic() - begin
+    folder = run.path("models", slug(name))
+    save_hf(fp.replace(params=rest_bf16(params)), folder, dtype=None, packed=True)
+    scores = evaluate(load_hf(folder), text, fp)
+    print(f"{name}: KL {scores['kl_mean']:.4g}, {seconds:.0f} s", flush=True)
+    row = {"name": recipe_name, "format": fmt, "kl_start": start, "kl_mean": scores["kl_mean"]}
+    row |= {k: scores[k] for k in ("same_top1", "perplexity", "bits_per_weight_quantized")}
+    return row | {"trained": trained, "seconds": round(seconds, 1)}
+
+
+def fit(config: Config, run: Run, packed: rows.Rows, fp: Model, params: Tree, name: str) -> Tree:
+    """`params` after training by forward KL to `fp`."""
+    o = config.opt
+    settings = TrainConfig(
+        steps=o.steps,
+        batch_size=o.batch_size,
+        lr=o.lr,
+        seed=o.seed,
+        warmup=2,
+        loss="kl",
+        log_every=8,
+        save_every=max(1, o.steps // 4),
+        keep=1,
+    )
+    return quickstart.fit(run, f"train {name}", packed, fp, params, settings)
+
+
+def rest_bf16(params: Tree) -> Tree:
+    """What is not quantized, in bf16 as it is stored; packed weights and their adapters as they are."""
+    return trees.map_leaves(lambda _, x: x.astype(jnp.bfloat16) if isinstance(x, jax.Array) else x, params)
+
+
+def slug(name: str) -> str:
+    return re.sub(r"[^a-z0-9_]+", "-", name.lower())
