@@ -40,7 +40,7 @@ class Train:
     model: Model
     """Folder, file, run directory or hub id."""
     text: Annotated[Path, tyro.conf.arg(metavar="FILE")]
-    """UTF-8 text, .jsonl, or a folder of them."""
+    """UTF-8 text, .jsonl, or a folder of them; of what lowbit synthesize wrote, the very tokens."""
     out: Annotated[Path, tyro.conf.arg(metavar="DIR")]
     """Run directory."""
     format: Word = None
@@ -274,6 +274,7 @@ def prepare(
     held_out: str | list[str] | None = None,
 ) -> Job:
     """Reads the models and checks everything, before the run directory exists."""
+    from lowbit.data import rows as data_rows
     from lowbit.evaluate.perplexity import windows_of
     from lowbit.train import sharding
     from lowbit.train.objective import language
@@ -296,8 +297,8 @@ def prepare(
     recipe.prepare(model.params, assignment)
     sharding.check_batch(train.batch_size, train.microbatches, sharding.make_mesh(train.mesh))
     tokens = 0
-    for ids in map(model.tokenizer.encode, documents):
-        tokens += len(ids) + len(model.tokenizer.eos_ids[:1])
+    for document in documents:
+        tokens += len(data_rows.encoded([document], model.tokenizer)[0])
         if tokens > options.seq:
             break
     else:
