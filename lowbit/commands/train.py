@@ -79,8 +79,8 @@ class Train:
         resolve_mode(self.tracking)
         if self.seq < 2:
             raise InputError(f"--seq is {self.seq} (allowed: at least 2)")
-        if self.teacher is not None and train.loss == "ce":
-            raise InputError("--teacher with --loss ce, which has none (allowed: kl, mixed)")
+        if self.teacher is not None and not train.taught:
+            raise InputError("--teacher with --loss ce, which has none (allowed: kl, mixed, or a --hidden-weight)")
         if self.dry_run:
             return self.plan(plan, recipe, train)
         text = read_text(self.text, self.field)
@@ -131,7 +131,7 @@ class Train:
         shapes = config.shapes()
         table, assignment = plan.table(shapes, kept_dtypes(params)), plan.resolve(shapes)
         teacher, target = None, None
-        if train.loss != "ce":
+        if train.taught:
             teacher, target = (config, params) if self.teacher is None else read_abstract(self.teacher)
         objective = language(config, train, teacher)
 
@@ -286,7 +286,7 @@ def prepare(
         raise InputError(f"--seq is {options.seq} (allowed: at most the model's context, {model.config.max_position})")
     assignment = plan.resolve(model.config.shapes())
     teacher = None
-    if train.loss != "ce":
+    if train.taught:
         teacher = model if options.teacher is None else load(options.teacher)
     objective = language(model.config, train, None if teacher is None else teacher.config)
     if teacher is not None and teacher is not model and teacher.tokenizer is not None:
