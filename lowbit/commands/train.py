@@ -4,7 +4,7 @@ import dataclasses
 import sys
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -51,6 +51,13 @@ class Train:
     """ste: scales follow the weights; ste-learned: scales are trained."""
     teacher: Word = None
     """MODEL whose predictions are the target of kl (default: the model itself, as it was)."""
+    teacher_cache: WordPath = None
+    """Folder of what the teacher says about the rows, written by the first run that names it and read by later ones,
+    whatever their recipe: the teacher then takes no part in the steps."""
+    teacher_top_k: Annotated[int | None, tyro.conf.arg(metavar="K", help_behavior_hint="")] = None
+    """Tokens of each position in --teacher-cache; the others count together (default: 64)."""
+    teacher_dtype: Literal["float16", "float32"] = "float16"
+    """Of the log-probabilities in --teacher-cache."""
     seq: int = 256
     """Tokens of one training row."""
     field: str = "text"
@@ -81,6 +88,10 @@ class Train:
             raise InputError(f"--seq is {self.seq} (allowed: at least 2)")
         if self.teacher is not None and not train.taught:
             raise InputError("--teacher with --loss ce, which has none (allowed: kl, mixed, or a --hidden-weight)")
+        if self.teacher_cache is None and (self.teacher_top_k is not None or self.teacher_dtype != "float16"):
+            raise InputError("--teacher-top-k or --teacher-dtype without --teacher-cache (allowed: together with it)")
+        if self.teacher_cache is not None and not train.taught:
+            raise InputError("--teacher-cache with --loss ce, which has no teacher (allowed: kl, mixed)")
         if self.dry_run:
             return self.plan(plan, recipe, train)
         text = read_text(self.text, self.field)
@@ -111,9 +122,13 @@ class Train:
         """What config.json holds: everything that the result depends on."""
         from lowbit.experiment.config import to_json
 
-        skip = ("out", "resume", "dry_run", "json", "tracking", "rules", "train")
-        mine = {k: v for k, v in to_json(self).items() if k not in skip}
+        skip = ("out", "resume", "dry_run", "json", "tracking", "rules", "train", "teacher_cache")
+        mine = {k: v for k, v in to_json(self).items() if k not in skip} | {"teacher_top_k": self.top_k()}
         return mine | {"rules": [dataclasses.asdict(r) for r in plan.rules], "train": to_json(train)}
+
+    def top_k(self) -> int | None:
+        """Tokens of each position that are known of the teacher; None: all, from the teacher itself."""
+        return None if self.teacher_cache is None else 64 if self.teacher_top_k is None else self.teacher_top_k
 
     def plan(self, plan: Any, recipe: Any, train: TrainConfig) -> Result:
         """The dry run."""
@@ -123,6 +138,7 @@ class Train:
         from lowbit import plan as plans
         from lowbit.train import memory
         from lowbit.train.objective import language
+        from lowbit.train.teacher_cache import Layout, check_k
 
         def zeros(like: Any) -> Any:
             return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), like)
@@ -133,7 +149,8 @@ class Train:
         teacher, target = None, None
         if train.taught:
             teacher, target = (config, params) if self.teacher is None else read_abstract(self.teacher)
-        objective = language(config, train, teacher)
+        cached = teacher is not None and self.teacher_cache is not None
+        objective = language(config, train, teacher, cached)
 
         def student() -> Any:
             return recipe.prepare(zeros(params), assignment)
@@ -141,8 +158,15 @@ class Train:
         def frozen() -> Any:
             return zeros(target)
 
-        batch = {k: ((train.batch_size, self.seq + 1), jnp.int32) for k in ("tokens", "segments")}
-        bytes_ = memory.estimate(student, batch, objective, train, None if teacher is None else frozen)
+        batch: dict[str, Any] = {k: ((train.batch_size, self.seq + 1), jnp.int32) for k in ("tokens", "segments")}
+        known: dict[str, Any] = {}
+        if cached:
+            check_k(self.top_k(), teacher.vocab_size)
+            layout = Layout(teacher.vocab_size, self.top_k(), self.teacher_dtype)
+            batch |= {k: ((train.batch_size, self.seq, n), d) for k, (n, d) in layout.arrays().items()}
+            known = {"teacher_bytes_per_token": layout.bytes_per_token}
+        live = None if teacher is None or cached else frozen
+        bytes_ = memory.estimate(student, batch, objective, train, live)
         nbytes, bits, quantized = plans.total(table)
         data = {
             "dry_run": True,
@@ -152,6 +176,7 @@ class Train:
             "tokens_per_step": train.batch_size * self.seq,
             "tokens": train.batch_size * self.seq * train.steps,
             "per_device": dataclasses.asdict(bytes_),
+            **known,
             "bytes": nbytes,
             "bits_per_weight": bits,
             "bits_per_weight_quantized": quantized or None,
@@ -171,9 +196,10 @@ def with_recipe(train: TrainConfig, defaults: dict[str, Any]) -> TrainConfig:
     )
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class Job:
-    """Everything that training needs, checked: what `run` does can fail only for the machine."""
+    """Everything that training needs, checked: what `run` does can fail only for the machine, or for a teacher cache of
+    something else."""
 
     options: Train
     model: Any
@@ -192,6 +218,26 @@ class Job:
         model = self.model.replace(params=as_it_came(params, self.model.params))
         return float(token_scores(model, self.held_out)["nll"].mean(dtype="float64"))
 
+    def fill(self, rows: Any) -> Any:
+        """The teacher cache, with all that this run needs in it; the teacher itself is then let go."""
+        import numpy as np
+
+        from lowbit.experiment.progress import Progress
+        from lowbit.train import teacher_cache
+
+        o, t = self.options, self.train
+        manifest = teacher_cache.describe(self.teacher, rows, o.top_k(), t, o.teacher_dtype)
+        cache = teacher_cache.TeacherCache(o.teacher_cache, manifest)
+        epoch = min(t.steps, -(-len(rows) // t.batch_size))  # after as many steps, every row has been asked for
+        needed = np.unique([rows.indices(step, t.batch_size, t.seed) for step in range(epoch)])
+        missing, per_token = len(cache.missing(needed)), manifest.layout.bytes_per_token
+        size = f"{number(missing * o.seq * per_token)} bytes, {per_token} a token of {manifest.k} known ones"
+        print(f"teacher cache {o.teacher_cache}: {missing} of {len(needed)} rows to add, {size}", file=sys.stderr)
+        with Progress("teacher", missing, pause=2.0) as progress:
+            cache.fill(needed, self.teacher, rows, t.batch_size, lambda done, _: progress.update(done))
+        self.teacher = None
+        return cache
+
     def run(self, run: Any) -> Result:
         from lowbit.data import rows as data_rows
         from lowbit.evaluate.size import file_bytes, sizes
@@ -201,7 +247,13 @@ class Job:
 
         o, start = self.options, time.monotonic()
         rows = data_rows.prepare(self.documents, self.model.tokenizer, o.seq, run.path("data"))
+        known = None if o.teacher_cache is None else self.fill(rows)
         params = self.recipe.prepare(self.model.params, self.assignment)
+
+        def batch(step: int) -> dict[str, Any]:
+            indices = rows.indices(step, self.train.batch_size, self.train.seed)
+            return rows.take(indices) | ({} if known is None else known.take(indices))
+
         with Progress("train", self.train.steps, self.train.log_every) as progress:
 
             def on_metrics(record: dict[str, Any]) -> None:
@@ -219,7 +271,7 @@ class Job:
 
             done = train(
                 params,
-                lambda step: rows.batch(step, self.train.batch_size, self.train.seed),
+                batch,
                 self.objective,
                 self.train,
                 teacher=None if self.teacher is None else self.teacher.params,
@@ -278,6 +330,7 @@ def prepare(
     from lowbit.evaluate.perplexity import windows_of
     from lowbit.train import sharding
     from lowbit.train.objective import language
+    from lowbit.train.teacher_cache import check_k
 
     model = load(options.model)
     if model.tokenizer is None:
@@ -288,7 +341,11 @@ def prepare(
     teacher = None
     if train.taught:
         teacher = model if options.teacher is None else load(options.teacher)
-    objective = language(model.config, train, None if teacher is None else teacher.config)
+    objective = language(
+        model.config, train, None if teacher is None else teacher.config, options.teacher_cache is not None
+    )
+    if teacher is not None and options.teacher_cache is not None:
+        check_k(options.top_k(), teacher.config.vocab_size)
     if teacher is not None and teacher is not model and teacher.tokenizer is not None:
         if teacher.tokenizer.hash != model.tokenizer.hash:
             raise InputError(

@@ -169,7 +169,7 @@ def _check_teacher(model: ModelConfig, config: TrainConfig, teacher: ModelConfig
         return
     if cached and config.hidden_weight > 0:
         raise InputError(f"hidden_weight is {config.hidden_weight} with cached logits (allowed: 0, or a live teacher)")
-    if cached:
+    if teacher is None and cached:
         return
     if teacher is None:
         what = f"loss {config.loss!r}" if config.loss != "ce" else f"hidden_weight {config.hidden_weight}"
