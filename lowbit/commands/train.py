@@ -199,7 +199,7 @@ def with_recipe(train: TrainConfig, defaults: dict[str, Any]) -> TrainConfig:
 @dataclasses.dataclass
 class Job:
     """Everything that training needs, checked: what `run` does can fail only for the machine, or for a teacher cache of
-    something else."""
+    other rows."""
 
     options: Train
     model: Any
@@ -210,6 +210,7 @@ class Job:
     objective: Any
     documents: list[str]
     held_out: Any = None  # `Windows` of --eval-text
+    known: Any = None  # `Manifest` of --teacher-cache
 
     def held_out_loss(self, params: Any) -> float:
         """Nats per token of what would be written now, computed in float32 as lowbit eval does."""
@@ -223,18 +224,17 @@ class Job:
         import numpy as np
 
         from lowbit.experiment.progress import Progress
-        from lowbit.train import teacher_cache
+        from lowbit.train.teacher_cache import TeacherCache
 
         o, t = self.options, self.train
-        manifest = teacher_cache.describe(self.teacher, rows, o.top_k(), t, o.teacher_dtype)
-        cache = teacher_cache.TeacherCache(o.teacher_cache, manifest)
+        cache = TeacherCache(o.teacher_cache, self.known, rows)
         epoch = min(t.steps, -(-len(rows) // t.batch_size))  # after as many steps, every row has been asked for
         needed = np.unique([rows.indices(step, t.batch_size, t.seed) for step in range(epoch)])
-        missing, per_token = len(cache.missing(needed)), manifest.layout.bytes_per_token
-        size = f"{number(missing * o.seq * per_token)} bytes, {per_token} a token of {manifest.k} known ones"
+        missing, per_token = len(cache.missing(needed)), cache.manifest.layout.bytes_per_token
+        size = f"{number(missing * o.seq * per_token)} bytes, {per_token} a token of {cache.manifest.k} known ones"
         print(f"teacher cache {o.teacher_cache}: {missing} of {len(needed)} rows to add, {size}", file=sys.stderr)
         with Progress("teacher", missing, pause=2.0) as progress:
-            cache.fill(needed, self.teacher, rows, t.batch_size, lambda done, _: progress.update(done))
+            cache.fill(needed, self.teacher, t.batch_size, lambda done, _: progress.update(done))
         self.teacher = None
         return cache
 
@@ -330,7 +330,7 @@ def prepare(
     from lowbit.evaluate.perplexity import windows_of
     from lowbit.train import sharding
     from lowbit.train.objective import language
-    from lowbit.train.teacher_cache import check_k
+    from lowbit.train.teacher_cache import check, describe
 
     model = load(options.model)
     if model.tokenizer is None:
@@ -344,8 +344,10 @@ def prepare(
     objective = language(
         model.config, train, None if teacher is None else teacher.config, options.teacher_cache is not None
     )
+    known = None
     if teacher is not None and options.teacher_cache is not None:
-        check_k(options.top_k(), teacher.config.vocab_size)
+        known = describe(teacher, model.tokenizer.hash, options.top_k(), train, options.teacher_dtype)
+        check(options.teacher_cache, known)
     if teacher is not None and teacher is not model and teacher.tokenizer is not None:
         if teacher.tokenizer.hash != model.tokenizer.hash:
             raise InputError(
@@ -363,4 +365,4 @@ def prepare(
             f"text {options.text} has {number(tokens)} tokens (needed: at least {options.seq + 1}, one row of --seq)"
         )
     windows = None if held_out is None else windows_of(model, held_out, f"gptq-{options.seq}")
-    return Job(options, model, teacher, recipe, train, assignment, objective, documents, windows)
+    return Job(options, model, teacher, recipe, train, assignment, objective, documents, windows, known)

@@ -70,24 +70,24 @@ class Manifest:
     version: int
     teacher: str  # Model.fingerprint
     tokenizer: str  # Tokenizer.hash
-    rows: dict[str, Any]  # the `lowbit.data.rows.Manifest`
     vocab: int
     k: int
     temperature: float
     compute: str  # dtype that the teacher computed in
     values: Values
+    rows: dict[str, Any] = dataclasses.field(default_factory=dict)  # the `lowbit.data.rows.Manifest`
 
     @property
     def layout(self) -> Layout:
         return Layout(self.vocab, self.k, self.values)
 
 
-def describe(teacher: Model, rows: Rows, k: int, config: TrainConfig, values: Values = "float16") -> Manifest:
-    """The manifest of this teacher on these rows. Raises `InputError` unless 1 <= k <= the vocabulary."""
-    vocab, of = teacher.config.vocab_size, dataclasses.asdict(rows.manifest)
+def describe(teacher: Model, tokenizer: str, k: int, config: TrainConfig, values: Values = "float16") -> Manifest:
+    """The manifest of this teacher and the hash of the tokenizer of the rows, as yet without rows. Raises `InputError`
+    unless 1 <= k <= the vocabulary."""
+    vocab = teacher.config.vocab_size
     check_k(k, vocab)
-    own = teacher.fingerprint(), rows.manifest.tokenizer
-    return Manifest(VERSION, *own, of, vocab, k, config.temperature, config.dtype, values)
+    return Manifest(VERSION, teacher.fingerprint(), tokenizer, vocab, k, config.temperature, config.dtype, values)
 
 
 def check_k(k: int, vocab: int) -> None:
@@ -96,17 +96,40 @@ def check_k(k: int, vocab: int) -> None:
         raise InputError(f"teacher_top_k is {k} (allowed: 1 to the teacher's vocabulary, {vocab})")
 
 
-class TeacherCache:
-    """A folder of what a teacher says, made on first use."""
+def check(folder: str | Path, manifest: Manifest) -> bool:
+    """Whether the folder holds a cache. Raises `InputError` when it holds something else, and names what differs; rows
+    are compared if the manifest has any."""
+    folder = Path(folder)
+    path = folder / "manifest.json"
+    if not path.exists():
+        if folder.is_dir() and (other := sorted(p.name for p in folder.iterdir() if p.suffix != ".npy")):
+            raise InputError(f"{folder} holds {other[0]} (allowed: a teacher cache, or an empty folder)")
+        return False
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError) as e:
+        raise InputError(f"{path} is damaged: {e} (allowed: a teacher cache, or an empty folder)") from e
+    want = json.loads(json.dumps(dataclasses.asdict(manifest)))
+    rows = {f"text: {k}": v for k, v in want.pop("rows").items()}
+    have = dict(found) | {f"text: {k}": v for k, v in found.get("rows", {}).items()}
+    for key, value in (want | rows).items():
+        if have.get(key) != value:
+            raise InputError(
+                f"teacher cache {folder} is of another {key}: {_short(have.get(key))} (allowed: {_short(value)}, or "
+                "another folder)"
+            )
+    return True
 
-    def __init__(self, folder: str | Path, manifest: Manifest):
-        """Raises `InputError` for a folder that holds something else, and names what differs."""
-        self.folder, self.manifest = Path(folder), manifest
-        path = self.folder / "manifest.json"
-        if path.exists():
-            self._check(path)
-        else:
-            self._create(path)
+
+class TeacherCache:
+    """A folder of what a teacher says about rows, made on first use."""
+
+    def __init__(self, folder: str | Path, manifest: Manifest, rows: Rows):
+        """Raises `InputError` for a folder that holds something else."""
+        self.folder, self.rows = Path(folder), rows
+        self.manifest = dataclasses.replace(manifest, rows=dataclasses.asdict(rows.manifest))
+        if not check(folder, self.manifest):
+            self._create()
         self._arrays = {name: self._map(name, *self._files()[name]) for name in self._files()}
 
     def _files(self) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
@@ -124,7 +147,6 @@ class TeacherCache:
         self,
         indices: Int[np.ndarray, " N"],
         teacher: Model,
-        rows: Rows,
         batch_size: int = 8,
         on_rows: Callable[[int, int], None] | None = None,
     ) -> int:
@@ -136,7 +158,7 @@ class TeacherCache:
         m = self.manifest
         for a in range(0, len(missing), batch_size):
             chosen = missing[a : a + batch_size]
-            batch = rows.take(np.resize(chosen, batch_size))  # always full, so that there is one program
+            batch = self.rows.take(np.resize(chosen, batch_size))  # always full, so that there is one program
             tokens, segments = (jnp.asarray(batch[k][:, :-1]) for k in ("tokens", "segments"))
             found = _top(
                 teacher.params, tokens, segments, teacher.config, m.k, jnp.float32(m.temperature), jnp.dtype(m.compute)
@@ -161,9 +183,7 @@ class TeacherCache:
 
     # -- files --------------------------------------------------------------------------------------------------------
 
-    def _create(self, path: Path) -> None:
-        if self.folder.is_dir() and (other := [p.name for p in self.folder.iterdir() if p.suffix != ".npy"]):
-            raise InputError(f"{self.folder} holds {sorted(other)[0]} (allowed: a teacher cache, or an empty folder)")
+    def _create(self) -> None:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             for name, (shape, dtype) in self._files().items():
@@ -171,23 +191,7 @@ class TeacherCache:
         except OSError as e:
             raise InputError(f"cannot write teacher cache {self.folder}: {e.strerror or e}") from e
         # Last: with it, the files are whole.
-        write_text(path, json.dumps(dataclasses.asdict(self.manifest), indent=2) + "\n")
-
-    def _check(self, path: Path) -> None:
-        try:
-            found = json.loads(path.read_text())
-        except (OSError, ValueError) as e:
-            raise InputError(f"{path} is damaged: {e} (allowed: a teacher cache, or an empty folder)") from e
-        want = json.loads(json.dumps(dataclasses.asdict(self.manifest)))
-        for key, value in want.items():
-            have = found.get(key) if isinstance(found, dict) else None
-            if key == "rows" and isinstance(have, dict) and have != value:
-                key, have, value = next((f"rows: {k}", have.get(k), v) for k, v in value.items() if have.get(k) != v)
-            if have != value:
-                raise InputError(
-                    f"teacher cache {self.folder} is of another {key}: {_short(have)} (allowed: {_short(value)}, or "
-                    "another folder)"
-                )
+        write_text(self.folder / "manifest.json", json.dumps(dataclasses.asdict(self.manifest), indent=2) + "\n")
 
     def _map(self, name: str, shape: tuple[int, ...], dtype: np.dtype) -> np.memmap:
         path = self.folder / f"{name}.npy"

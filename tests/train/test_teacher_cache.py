@@ -19,10 +19,11 @@ from lowbit.models.hf import save_hf
 from lowbit.models.model import Model
 from lowbit.train import objective
 from lowbit.train.config import TrainConfig
-from lowbit.train.teacher_cache import Layout, TeacherCache, describe
+from lowbit.train.teacher_cache import Layout, TeacherCache, check, describe
 from tests.models.tiny import params_of
 
 BYTES = dataclasses.replace(CONFIG, vocab_size=258, num_layers=1)
+HASH = ByteTokenizer().hash
 SETTINGS = TrainConfig(batch_size=3, loss="kl", temperature=2.0)
 
 
@@ -44,8 +45,8 @@ def test_a_whole_vocabulary_gives_the_live_loss_and_gradient(rows, tmp_path):
     for k, values in ((None, ""), (258, "float32"), (5, "float16")):
         more = {}
         if k is not None:
-            cache = TeacherCache(tmp_path / str(k), describe(teacher, rows, k, SETTINGS, values))
-            assert cache.fill(indices, teacher, rows, 2) == 3
+            cache = TeacherCache(tmp_path / str(k), describe(teacher, HASH, k, SETTINGS, values), rows)
+            assert cache.fill(indices, teacher, 2) == 3
             more = cache.take(indices)
             assert more["teacher_ids"].shape == (3, 12, k) and more["teacher_logp"].shape == (3, 12, k + (k < 258))
         f = objective.language(BYTES, SETTINGS, BYTES, cached=k is not None)
@@ -61,7 +62,7 @@ def test_a_whole_vocabulary_gives_the_live_loss_and_gradient(rows, tmp_path):
 def test_the_bytes_that_are_announced_are_those_on_the_disk(rows, tmp_path):
     for k, values in ((7, "float16"), (258, "float32")):
         teacher = byte_model()
-        cache = TeacherCache(tmp_path / values, describe(teacher, rows, k, SETTINGS, values))
+        cache = TeacherCache(tmp_path / values, describe(teacher, HASH, k, SETTINGS, values), rows)
         stored = sum((tmp_path / values / f"{n}.npy").stat().st_size - 128 for n in ("teacher_ids", "teacher_logp"))
         assert stored == len(rows) * 12 * cache.manifest.layout.bytes_per_token
     assert Layout(258, 7).bytes_per_token == 7 * 2 + 8 * 2 and Layout(10**5, 4, "float32").bytes_per_token == 16 + 20
@@ -69,22 +70,22 @@ def test_the_bytes_that_are_announced_are_those_on_the_disk(rows, tmp_path):
 
 def test_rows_come_in_any_order_and_interruption_loses_what_was_not_whole(rows, tmp_path):
     teacher = byte_model()
-    manifest = describe(teacher, rows, 6, SETTINGS)
+    manifest = describe(teacher, HASH, 6, SETTINGS)
     everything = np.arange(len(rows))
-    whole = TeacherCache(tmp_path / "whole", manifest)
-    whole.fill(everything, teacher, rows, 3)
-    part = TeacherCache(tmp_path / "part", manifest)
+    whole = TeacherCache(tmp_path / "whole", manifest, rows)
+    whole.fill(everything, teacher, 3)
+    part = TeacherCache(tmp_path / "part", manifest, rows)
 
     def killed(done, total):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        part.fill(everything[::-1], teacher, rows, 3, killed)
-    again = TeacherCache(tmp_path / "part", manifest)
+        part.fill(everything[::-1], teacher, 3, killed)
+    again = TeacherCache(tmp_path / "part", manifest, rows)
     assert again.missing(everything).tolist() == list(range(3, len(rows)))
     with pytest.raises(InputError, match="has no row 3"):
         again.take(np.array([0, 3]))
-    assert again.fill(everything, teacher, rows, 3) == len(rows) - 3 and again.fill(everything, teacher, rows, 3) == 0
+    assert again.fill(everything, teacher, 3) == len(rows) - 3 and again.fill(everything, teacher, 3) == 0
     for name in ("teacher_ids.npy", "teacher_logp.npy", "done.npy", "manifest.json"):
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "part" / name).read_bytes()
     order = np.array([2, 0, 2])
@@ -93,31 +94,32 @@ def test_rows_come_in_any_order_and_interruption_loses_what_was_not_whole(rows, 
 
 def test_a_cache_of_something_else_is_refused_with_the_reason(rows, tmp_path):
     teacher = byte_model()
-    manifest = describe(teacher, rows, 6, SETTINGS)
-    TeacherCache(tmp_path / "c", manifest)
+    manifest = describe(teacher, HASH, 6, SETTINGS)
+    TeacherCache(tmp_path / "c", manifest, rows)
     other = prepare(["another text that is long enough for a row"], ByteTokenizer(), 12, tmp_path / "rows")
     for asked, why in (
-        (describe(byte_model(1), rows, 6, SETTINGS), "another teacher: [0-9a-f]{12}... .allowed: [0-9a-f]{12}..."),
+        (describe(byte_model(1), HASH, 6, SETTINGS), "another teacher: [0-9a-f]{12}... .allowed: [0-9a-f]{12}..."),
         (dataclasses.replace(manifest, tokenizer="f" * 64), "another tokenizer"),
-        (describe(teacher, other, 6, SETTINGS), "another rows: text"),
-        (describe(teacher, rows, 5, SETTINGS), "another k: 6 .allowed: 5,"),
-        (describe(teacher, rows, 6, SETTINGS, "float32"), "another values: 'float16'"),
-        (describe(teacher, rows, 6, dataclasses.replace(SETTINGS, temperature=1.0)), "another temperature: 2.0"),
-        (describe(teacher, rows, 6, dataclasses.replace(SETTINGS, dtype="bfloat16")), "another compute: 'float32'"),
+        (describe(teacher, HASH, 5, SETTINGS), "another k: 6 .allowed: 5,"),
+        (describe(teacher, HASH, 6, SETTINGS, "float32"), "another values: 'float16'"),
+        (describe(teacher, HASH, 6, dataclasses.replace(SETTINGS, temperature=1.0)), "another temperature: 2.0"),
+        (describe(teacher, HASH, 6, dataclasses.replace(SETTINGS, dtype="bfloat16")), "another compute: 'float32'"),
     ):
         with pytest.raises(InputError, match=why):
-            TeacherCache(tmp_path / "c", asked)
+            check(tmp_path / "c", asked)
+    with pytest.raises(InputError, match="another text: text: [0-9a-f]{12}..."):
+        TeacherCache(tmp_path / "c", manifest, other)
     for k in (0, 259):
         with pytest.raises(InputError, match=f"teacher_top_k is {k} .allowed: 1 to the teacher's vocabulary, 258"):
-            describe(teacher, rows, k, SETTINGS)
+            describe(teacher, HASH, k, SETTINGS)
     with open(tmp_path / "c/teacher_ids.npy", "r+b") as f:
         f.truncate(200)
     with pytest.raises(InputError, match="teacher_ids.npy is damaged"):
-        TeacherCache(tmp_path / "c", manifest)
+        TeacherCache(tmp_path / "c", manifest, rows)
     (tmp_path / "d").mkdir()
     (tmp_path / "d/thesis.tex").write_text("")
     with pytest.raises(InputError, match="holds thesis.tex"):
-        TeacherCache(tmp_path / "d", manifest)
+        TeacherCache(tmp_path / "d", manifest, rows)
 
 
 def test_training_reads_what_an_earlier_run_wrote(tmp_path, monkeypatch, capsys):
