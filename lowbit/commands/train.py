@@ -20,6 +20,7 @@ from lowbit.commands.common import (
     load,
     number,
     result,
+    with_rules,
 )
 from lowbit.commands.inspect import kept_dtypes, make_plan, read_abstract
 from lowbit.errors import InputError
@@ -47,8 +48,17 @@ class Train:
     """Format of the linears inside blocks (see lowbit formats); bf16 trains without quantization."""
     rules: WordPath = None
     """TOML file of [[rule]] match, format; the first match wins."""
+    act: Word = None
+    """Activation format of every linear inside blocks: short for a rule."""
+    kv: Word = None
+    """Format of the key-value cache, in training too: short for a rule."""
+    k_cache: Word = None
+    """Format of the keys alone."""
+    v_cache: Word = None
+    """Format of the values alone."""
     recipe: str = "ste"
-    """ste: scales follow the weights; ste-learned: scales are trained."""
+    """ste: scales follow the weights; ste-learned: scales are trained; llm-qat: as ste, with that paper's grids,
+    gradient and learning rate."""
     teacher: Word = None
     """MODEL whose predictions are the target of kl (default: the model itself, as it was)."""
     teacher_cache: WordPath = None
@@ -82,7 +92,7 @@ class Train:
 
         recipe = qat.get(self.recipe)
         train = with_recipe(self.train, recipe.defaults)
-        plan = make_plan(self.format, self.rules)
+        plan = with_rules(make_plan(self.format, self.rules), self)
         resolve_mode(self.tracking)
         if self.seq < 2:
             raise InputError(f"--seq is {self.seq} (allowed: at least 2)")
@@ -136,6 +146,7 @@ class Train:
         import jax.numpy as jnp
 
         from lowbit import plan as plans
+        from lowbit.models import cache as caches
         from lowbit.train import memory
         from lowbit.train.objective import language
         from lowbit.train.teacher_cache import Layout, check_k
@@ -146,6 +157,7 @@ class Train:
         config, params = read_abstract(self.model)
         shapes = config.shapes()
         table, assignment = plan.table(shapes, kept_dtypes(params)), plan.resolve(shapes)
+        caches.check(assignment, config)
         teacher, target = None, None
         if train.taught:
             teacher, target = (config, params) if self.teacher is None else read_abstract(self.teacher)
@@ -328,6 +340,7 @@ def prepare(
     """Reads the models and checks everything, before the run directory exists."""
     from lowbit.data import rows as data_rows
     from lowbit.evaluate.perplexity import windows_of
+    from lowbit.models import cache as caches
     from lowbit.train import sharding
     from lowbit.train.objective import language
     from lowbit.train.teacher_cache import check, describe
@@ -353,6 +366,7 @@ def prepare(
             raise InputError(
                 f"teacher {options.teacher} has another tokenizer than {options.model} (allowed: the same)"
             )
+    caches.check(assignment, model.config)
     recipe.prepare(model.params, assignment)
     sharding.check_batch(train.batch_size, train.microbatches, sharding.make_mesh(train.mesh))
     tokens = 0

@@ -1,4 +1,4 @@
-"""Training text that a model writes itself, from nothing but its vocabulary (LLM-QAT, arXiv 2305.17888, section 2.2).
+"""Training text that a model writes itself, from nothing but its vocabulary (LLM-QAT, arXiv 2305.17888).
 
 Every row starts with another token of the vocabulary. The next few tokens, a number drawn for each row, are the most
 probable ones; the rest is sampled. A row ends behind an EOS that was drawn, or at its full length.

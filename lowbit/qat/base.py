@@ -55,4 +55,4 @@ def names() -> list[str]:
 
 
 def _load_all() -> None:
-    from lowbit.qat import ste  # noqa: F401  (each module registers its recipes)
+    from lowbit.qat import llm_qat, ste  # noqa: F401  (each module registers its recipes)
