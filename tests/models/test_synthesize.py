@@ -159,5 +159,3 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     assert main(argv) == 2 and "g.jsonl exists" in capsys.readouterr().err
     assert main([*argv, "--force", "--rows", "300"]) == 2 and "rows is 300" in capsys.readouterr().err
     assert main([*argv[:3], "g.txt"]) == 2 and "ends in .jsonl" in capsys.readouterr().err
-    train = "train m --text g.jsonl --format int4:channel --batch-size 2 --seq 8 --steps 1 --out r --dry-run"
-    assert main(train.split()) == 0
