@@ -23,6 +23,7 @@ VERBS: dict[str, tuple[str, str, str]] = {  # verb: (module, options class, one 
     "compare": ("evaluate", "Compare", "evaluate several models on one text, in one table"),
     "export": ("quantize", "Export", "write a model for another runtime (GGUF, Hugging Face)"),
     "generate": ("generate", "Generate", "continue a prompt"),
+    "synthesize": ("synthesize", "Synthesize", "training text that a model writes itself"),
     "inspect": ("inspect", "Inspect", "configuration, tensors and sizes of a model"),
     "estimate": ("inspect", "Estimate", "size and memory of a quantization, before doing it"),
     "formats": ("inspect", "Formats", "list the formats"),
@@ -43,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     except KeyboardInterrupt:
         again = " (the same command with --resume continues)" if argv[:1] in (["train"], ["run"]) else ""
-        if argv[:1] in (["quantize"], ["transform"]):
+        if argv[:1] in (["quantize"], ["transform"], ["synthesize"]):
             again = " (the same command continues)"
         print(f"lowbit: interrupted{again}", file=sys.stderr)
         return 130

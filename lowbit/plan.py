@@ -129,18 +129,18 @@ class Plan:
         for site in sites:
             hit: tuple[str, Any] | None = None
             for i, (regex, fmt) in enumerate(compiled):
-                if _kind(regex.pattern) == _kind(site) and regex.fullmatch(site):
+                if kind_of(regex.pattern) == kind_of(site) and regex.fullmatch(site):
                     matched[i] += 1
                     if hit is None:
                         won[i] += 1
                         hit = (regex.pattern, fmt)
             if hit is None and self.default is not None and re.fullmatch(BLOCK_LINEARS, site):
-                if _kind(site) == "weight":
+                if kind_of(site) == "weight":
                     hit = ("(default)", default)
             if hit is None:
                 continue
             out.append((site, *hit))
-            if hit[1] is not None and _kind(site) != "cache":  # whose heads' sizes the shapes do not tell
+            if hit[1] is not None and kind_of(site) != "cache":  # whose heads' sizes the shapes do not tell
                 shape = tuple(shapes[site.removesuffix(INPUT)])
                 shape = shape[1:] if site.endswith(INPUT) else shape
                 try:
@@ -150,7 +150,7 @@ class Plan:
         for i, rule in enumerate(self.rules):
             if not matched[i]:
                 raise InputError(
-                    f"rule {i + 1}: match {rule.match!r} matches nothing ({_nearby(sites, _kind(rule.match))})"
+                    f"rule {i + 1}: match {rule.match!r} matches nothing ({_nearby(sites, kind_of(rule.match))})"
                 )
             if not won[i]:
                 raise InputError(f"rule {i + 1}: match {rule.match!r} matches only what earlier rules took")
@@ -164,7 +164,7 @@ class Plan:
 
 def total(rows: Sequence[Row]) -> tuple[int, float, float]:
     """`(bytes, bits per weight of the model, bits per weight of the quantized tensors)`, the last 0 if none are."""
-    weights = [r for r in rows if _kind(r.site) == "weight"]
+    weights = [r for r in rows if kind_of(r.site) == "weight"]
     quantized = [r for r in weights if not r.kept]
     nbytes = sum(r.bytes for r in weights)
     n, nq = sum(math.prod(r.shape) for r in weights), sum(math.prod(r.shape) for r in quantized)
@@ -218,12 +218,12 @@ def _compile(number: int, rule: Rule) -> tuple[re.Pattern[str], Any]:
     if rule.format == KEEP:
         return regex, None
     try:
-        return regex, {"input": get_act, "cache": get_kv, "weight": base.get}[_kind(rule.match)](rule.format)
+        return regex, {"input": get_act, "cache": get_kv, "weight": base.get}[kind_of(rule.match)](rule.format)
     except InputError as e:
         raise InputError(f"rule {number}: {e}") from e
 
 
-def _kind(site: str) -> str:
+def kind_of(site: str) -> str:
     """What a site is, or a pattern addresses."""
     return "input" if site.endswith(INPUT) else "cache" if "_cache" in site else "weight"
 
@@ -234,7 +234,7 @@ def _cache_of(path: str) -> str | None:
 
 
 def _nearby(sites: Sequence[str], kind: str = "weight") -> str:
-    same = [s for s in sites if _kind(s) == kind]
+    same = [s for s in sites if kind_of(s) == kind]
     shown = ", ".join(same[:2]) + (f", ... {same[-1]}" if len(same) > 2 else "")
     return f"allowed: a regex that matches a whole path of {len(same)} {kind}s: {shown}" if same else f"no {kind}s"
 

@@ -92,6 +92,32 @@ def with_runtime(model: Any, options: Any) -> Any:
     return model if options.act is None else with_inputs(model, options.act)
 
 
+def with_rules(plan: Any, options: Any) -> Any:
+    """The plan with the formats of a command's options `act`, `kv`, `k_cache` and `v_cache` as rules for every linear
+    and every cache inside blocks. Raises `InputError` for formats that do not exist, and when the plan has rules of
+    that kind."""
+    from lowbit.formats.activation import get_act
+    from lowbit.formats.kv import get_kv
+    from lowbit.plan import Plan, Rule, kind_of
+
+    k, v = options.k_cache or options.kv, options.v_cache or options.kv
+    found = (
+        ("input", "act", ".*:in", options.act),
+        ("cache", "kv", r".*\.k_cache", k),
+        ("cache", "kv", r".*\.v_cache", v),
+    )
+    rules = []
+    for kind, option, match, name in found:
+        if name is None:
+            continue
+        (get_act if kind == "input" else get_kv)(name)
+        if taken := [r.match for r in plan.rules if kind_of(r.match) == kind]:
+            what = {"input": "activations", "cache": "caches"}[kind]
+            raise InputError(f"--{option} {name} with a rule for {what}, {taken[0]!r} (allowed: one of the two)")
+        rules.append(Rule(rf"model\.layers\.{match}", name))
+    return Plan((*rules, *plan.rules), plan.default)
+
+
 def folder_of(source: str) -> Path | None:
     """The local folder of a model in Hugging Face layout: a run directory's is `model/`, a hub id's its snapshot; None
     for a file of another kind. Raises `InputError` for what is no model."""

@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -23,6 +23,7 @@ from lowbit.commands.common import (
     load,
     number,
     result,
+    with_rules,
 )
 from lowbit.commands.inspect import kept_dtypes, make_plan, read_abstract
 from lowbit.errors import InputError, Stopped
@@ -44,23 +45,38 @@ class Train:
     model: Model
     """Folder, file, run directory or hub id."""
     text: Annotated[Path, tyro.conf.arg(metavar="FILE")]
-    """UTF-8 text, .jsonl, or a folder of them."""
+    """UTF-8 text, .jsonl, or a folder of them; of what lowbit synthesize wrote, the very tokens."""
     out: Annotated[Path, tyro.conf.arg(metavar="DIR")]
     """Run directory."""
     format: Word = None
     """Format of the linears inside blocks (see lowbit formats); bf16 trains without quantization."""
     rules: WordPath = None
     """TOML file of [[rule]] match, format; the first match wins."""
+    act: Word = None
+    """Activation format of every linear inside blocks: short for a rule."""
+    kv: Word = None
+    """Format of the key-value cache, in training too: short for a rule."""
+    k_cache: Word = None
+    """Format of the keys alone."""
+    v_cache: Word = None
+    """Format of the values alone."""
     recipe: str = "ste"
     """ste: scales follow the weights; ste-learned: scales are trained; block-ap: block by block; e2e-qp: scales alone,
     codes fixed; efficientqat: block-ap, then e2e-qp; qlora, loftq, qa-lora: only adapters, with keys for rank, alpha
-    and linears (qlora:r16:a32:q+v); lsq, lsq+, paretoq, dorefa, pact, bitnet, bitnet-a4.8, bitnet-v2, parq,
+    and linears (qlora:r16:a32:q+v); llm-qat, lsq, lsq+, paretoq, dorefa, pact, bitnet, bitnet-a4.8, bitnet-v2, parq,
     binary-relax: as published (docs/qat.md)."""
     stages: Annotated[tuple[str, ...], tyro.conf.arg(metavar="STEP:FORMAT")] = ()
     """From update STEP on another format, or STEP:FILE.toml for other rules: gradual bit widths, activations that come
     later. The optimizer's state stays."""
     teacher: Word = None
     """MODEL whose predictions are the target of kl (default: the model itself, as it was)."""
+    teacher_cache: WordPath = None
+    """Folder of what the teacher says about the rows, written by the first run that names it and read by later ones,
+    whatever their recipe: the teacher then takes no part in the steps."""
+    teacher_top_k: Annotated[int | None, tyro.conf.arg(metavar="K", help_behavior_hint="")] = None
+    """Tokens of each position in --teacher-cache; the others count together (default: 64)."""
+    teacher_dtype: Literal["float16", "float32"] = "float16"
+    """Of the log-probabilities in --teacher-cache."""
     seq: int = 256
     """Tokens of one training row."""
     field: str = "text"
@@ -88,13 +104,21 @@ class Train:
         train = with_recipe(self.train, recipe.defaults)
         if recipe.before is None and self.blocks != BlockOptions():
             raise InputError(f"--blocks options with recipe {self.recipe} (allowed: with block-ap and efficientqat)")
-        plan = make_plan(self.format, self.rules)
-        later = stage_plans(self.stages, train.steps)
+        if recipe.before is not None and recipe.before.alone and self.teacher_cache is not None:
+            raise InputError(
+                f"--teacher-cache with recipe {self.recipe}, which has no teacher (allowed: other recipes)"
+            )
+        plan = with_rules(make_plan(self.format, self.rules), self)
+        later = [(step, with_rules(p, self)) for step, p in stage_plans(self.stages, train.steps)]
         resolve_mode(self.tracking)
         if self.seq < 2:
             raise InputError(f"--seq is {self.seq} (allowed: at least 2)")
-        if self.teacher is not None and train.loss == "ce":
-            raise InputError("--teacher with --loss ce, which has none (allowed: kl, mixed)")
+        if self.teacher is not None and not train.taught:
+            raise InputError("--teacher with --loss ce, which has none (allowed: kl, mixed, or a --hidden-weight)")
+        if self.teacher_cache is None and (self.teacher_top_k is not None or self.teacher_dtype != "float16"):
+            raise InputError("--teacher-top-k or --teacher-dtype without --teacher-cache (allowed: together with it)")
+        if self.teacher_cache is not None and not train.taught:
+            raise InputError("--teacher-cache with --loss ce, which has no teacher (allowed: kl, mixed)")
         if self.dry_run:
             return self.plan(plan, recipe, train)
         text = read_text(self.text, self.field)
@@ -126,9 +150,14 @@ class Train:
         """What config.json holds: everything that the result depends on."""
         from lowbit.experiment.config import to_json
 
-        skip = ("out", "resume", "dry_run", "json", "tracking", "rules", "train") + (() if blocks else ("blocks",))
-        mine = {k: v for k, v in to_json(self).items() if k not in skip}
+        skip = ("out", "resume", "dry_run", "json", "tracking", "rules", "train", "teacher_cache")
+        skip += () if blocks else ("blocks",)
+        mine = {k: v for k, v in to_json(self).items() if k not in skip} | {"teacher_top_k": self.top_k()}
         return mine | {"rules": [dataclasses.asdict(r) for r in plan.rules], "train": to_json(train)}
+
+    def top_k(self) -> int | None:
+        """Tokens of each position that are known of the teacher; None: all, from the teacher itself."""
+        return None if self.teacher_cache is None else 64 if self.teacher_top_k is None else self.teacher_top_k
 
     def plan(self, plan: Any, recipe: Any, train: TrainConfig) -> Result:
         """The dry run."""
@@ -136,9 +165,11 @@ class Train:
         import jax.numpy as jnp
 
         from lowbit import plan as plans
+        from lowbit.models import cache as caches
         from lowbit.qat import adapters
         from lowbit.train import memory
         from lowbit.train.objective import language
+        from lowbit.train.teacher_cache import Layout, check_k
 
         def zeros(like: Any) -> Any:
             return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), like)
@@ -146,10 +177,12 @@ class Train:
         config, params = read_abstract(self.model)
         shapes = config.shapes()
         table, assignment = plan.table(shapes, kept_dtypes(params)), plan.resolve(shapes)
+        caches.check(assignment, config)
         teacher, target = None, None
-        if train.loss != "ce":
+        if train.taught:
             teacher, target = (config, params) if self.teacher is None else read_abstract(self.teacher)
-        objective = language(config, train, teacher)
+        cached = teacher is not None and self.teacher_cache is not None
+        objective = language(config, train, teacher, cached)
 
         def student() -> Any:
             return recipe.prepare(zeros(params), assignment)
@@ -157,12 +190,19 @@ class Train:
         def frozen() -> Any:
             return zeros(target)
 
-        batch = {k: ((train.batch_size, self.seq + 1), jnp.int32) for k in ("tokens", "segments")}
+        batch: dict[str, Any] = {k: ((train.batch_size, self.seq + 1), jnp.int32) for k in ("tokens", "segments")}
+        known: dict[str, Any] = {}
+        if cached:
+            check_k(self.top_k(), teacher.vocab_size)
+            layout = Layout(teacher.vocab_size, self.top_k(), self.teacher_dtype)
+            batch |= {k: ((train.batch_size, self.seq, n), d) for k, (n, d) in layout.arrays().items()}
+            known = {"teacher_bytes_per_token": layout.bytes_per_token}
+        live = None if teacher is None or cached else frozen
         blocks, bytes_ = None, None
         if recipe.before is not None:
             blocks = block_memory(params, assignment, config, self.blocks, self.blocks.length or self.seq)
         if recipe.before is None or not recipe.before.alone:
-            bytes_ = memory.estimate(student, batch, objective, train, None if teacher is None else frozen)
+            bytes_ = memory.estimate(student, batch, objective, train, live)
         nbytes, bits, quantized = plans.total(table)
         factors = adapters.parameters(jax.eval_shape(student))
         if recipe.convert is adapters.convert:  # they stay beside the weights, in float32
@@ -177,6 +217,7 @@ class Train:
             "tokens_per_step": train.batch_size * self.seq,
             "tokens": train.batch_size * self.seq * train.steps,
             "per_device": bytes_ and dataclasses.asdict(bytes_),
+            **known,
             "block": blocks,
             "bytes": nbytes,
             "bits_per_weight": bits,
@@ -212,9 +253,10 @@ def with_recipe(train: TrainConfig, defaults: dict[str, Any]) -> TrainConfig:
     )
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class Job:
-    """Everything that training needs, checked: what `run` does can fail only for the machine."""
+    """Everything that training needs, checked: what `run` does can fail only for the machine, or for a teacher cache of
+    other rows."""
 
     options: Train
     model: Any
@@ -228,6 +270,7 @@ class Job:
     stored: Any = None  # arrays of static activation formats
     later: tuple[tuple[int, Any], ...] = ()  # (step, assignment) of the stages
     block_tokens: Any = None  # rows of tokens of the recipe's work block by block
+    known: Any = None  # `Manifest` of --teacher-cache
 
     def held_out_loss(self, params: Any) -> float:
         """Nats per token of what would be written now, computed in float32 as lowbit eval does."""
@@ -241,6 +284,25 @@ class Job:
         from lowbit.qat.latents import masters
 
         return self.recipe.prepare(masters(params), assignment, stored=self.stored)
+
+    def fill(self, rows: Any) -> Any:
+        """The teacher cache, with all that this run needs in it; the teacher itself is then let go."""
+        import numpy as np
+
+        from lowbit.experiment.progress import Progress
+        from lowbit.train.teacher_cache import TeacherCache
+
+        o, t = self.options, self.train
+        cache = TeacherCache(o.teacher_cache, self.known, rows)
+        epoch = min(t.steps, -(-len(rows) // t.batch_size))  # after as many steps, every row has been asked for
+        needed = np.unique([rows.indices(step, t.batch_size, t.seed) for step in range(epoch)])
+        missing, per_token = len(cache.missing(needed)), cache.manifest.layout.bytes_per_token
+        size = f"{number(missing * o.seq * per_token)} bytes, {per_token} a token of {cache.manifest.k} known ones"
+        print(f"teacher cache {o.teacher_cache}: {missing} of {len(needed)} rows to add, {size}", file=sys.stderr)
+        with Progress("teacher", missing, pause=2.0) as progress:
+            cache.fill(needed, self.teacher, t.batch_size, lambda done, _: progress.update(done))
+        self.teacher = None
+        return cache
 
     def run(self, run: Any) -> Result:
         from lowbit.data import rows as data_rows
@@ -264,7 +326,8 @@ class Job:
         else:
             rows = data_rows.prepare(self.documents, self.model.tokenizer, o.seq, run.path("data"))
             data["rows"] = len(rows)
-            done = self.end_to_end(run, rows, params)
+            known = None if o.teacher_cache is None else self.fill(rows)
+            done = self.end_to_end(run, rows, params, known)
         data |= {"status": done.status, "step": done.step} | ({} if before is None else {"blocks": blocks})
         if done.whole:
             data["not_split"] = list(done.whole)
@@ -302,10 +365,14 @@ class Job:
                 self.model, self.assignment, self.block_tokens, self.options.blocks, folder, on_block
             )
 
-    def end_to_end(self, run: Any, rows: Any, params: Any) -> Any:
-        """Trains `params` on `rows`."""
+    def end_to_end(self, run: Any, rows: Any, params: Any, known: Any = None) -> Any:
+        """Trains `params` on `rows`, of which a teacher cache may know what the teacher says."""
         from lowbit.experiment.progress import Progress
         from lowbit.train.loop import Stage, train
+
+        def batch(step: int) -> dict[str, Any]:
+            indices = rows.indices(step, self.train.batch_size, self.train.seed)
+            return rows.take(indices) | ({} if known is None else known.take(indices))
 
         with Progress("train", self.train.steps, self.train.log_every) as progress:
 
@@ -324,7 +391,7 @@ class Job:
 
             return train(
                 params,
-                lambda step: rows.batch(step, self.train.batch_size, self.train.seed),
+                batch,
                 self.objective,
                 self.train,
                 teacher=None if self.teacher is None else self.teacher.params,
@@ -379,13 +446,16 @@ def prepare(
 ) -> Job:
     """Reads the models and checks everything, before the run directory exists."""
     from lowbit import tree as trees
+    from lowbit.data import rows as data_rows
     from lowbit.evaluate.perplexity import windows_of
     from lowbit.formats.base import QTensor
     from lowbit.formats.fake_quant import PreparedInput
+    from lowbit.models import cache as caches
     from lowbit.ptq import calibrate, rtn
     from lowbit.ptq.calibrate import tokenize
     from lowbit.train import sharding
     from lowbit.train.objective import language
+    from lowbit.train.teacher_cache import check, describe
 
     model = load(options.model)
     if model.tokenizer is None:
@@ -394,9 +464,15 @@ def prepare(
         raise InputError(f"--seq is {options.seq} (allowed: at most the model's context, {model.config.max_position})")
     assignment = plan.resolve(model.config.shapes())
     teacher = None
-    if train.loss != "ce":
+    if train.taught:
         teacher = model if options.teacher is None else load(options.teacher)
-    objective = language(model.config, train, None if teacher is None else teacher.config)
+    objective = language(
+        model.config, train, None if teacher is None else teacher.config, options.teacher_cache is not None
+    )
+    known = None
+    if teacher is not None and options.teacher_cache is not None:
+        known = describe(teacher, model.tokenizer.hash, options.top_k(), train, options.teacher_dtype)
+        check(options.teacher_cache, known)
     if teacher is not None and teacher is not model and teacher.tokenizer is not None:
         if teacher.tokenizer.hash != model.tokenizer.hash:
             raise InputError(
@@ -410,6 +486,7 @@ def prepare(
         if clash := [p for p in own.keys() & stored.keys() if own[p].keys() != stored[p].keys()]:
             raise InputError(f"stages: the input of {clash[0]} has two static formats (allowed: one, in one stage)")
         stored |= own
+        caches.check(formats, model.config)
         recipe.prepare(model.params, formats, stored=stored)
     weights = (
         leaf.w if isinstance(leaf, PreparedInput) else leaf for p, leaf in trees.items(model.params) if p in assignment
@@ -420,8 +497,8 @@ def prepare(
         )
     sharding.check_batch(train.batch_size, train.microbatches, sharding.make_mesh(train.mesh))
     tokens = 0
-    for ids in map(model.tokenizer.encode, documents):
-        tokens += len(ids) + len(model.tokenizer.eos_ids[:1])
+    for document in documents:
+        tokens += len(data_rows.encoded([document], model.tokenizer)[0])
         if tokens > options.seq:
             break
     else:
@@ -435,6 +512,5 @@ def prepare(
         if b.length > most:
             raise InputError(f"--blocks.length is {b.length} (allowed: at most the model's context, {most})")
         block_tokens = tokenize(documents, model.tokenizer, b.rows + b.valid_rows, b.length or options.seq, b.seed)
-    return Job(
-        options, model, teacher, recipe, train, assignment, objective, documents, windows, stored, changes, block_tokens
-    )
+    found = (windows, stored, changes, block_tokens, known)
+    return Job(options, model, teacher, recipe, train, assignment, objective, documents, *found)

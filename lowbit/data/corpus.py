@@ -17,6 +17,21 @@ SUFFIXES = (".txt", ".raw", ".md", ".rst", ".py", ".jsonl")
 Kind = Literal["prose", "code"]
 
 
+class Tokenized(str):
+    """A document with the token ids that it was decoded from, which encoding it again may not give back.
+
+    `tokenizer` is the hash of theirs. Rows are made of the ids as they are: no BOS, no EOS is added.
+    """
+
+    ids: tuple[int, ...]
+    tokenizer: str
+
+    def __new__(cls, text: str, ids: Sequence[int], tokenizer: str) -> "Tokenized":
+        self = super().__new__(cls, text)
+        self.ids, self.tokenizer = tuple(ids), tokenizer
+        return self
+
+
 def read_utf8(path: str | Path) -> str:
     """A file's text with its line endings as they are. Raises `InputError` when it cannot be read or is no UTF-8."""
     try:
@@ -37,8 +52,10 @@ def split_documents(text: str) -> list[str]:
 def documents(path: str | Path, field: str = "text") -> Iterator[str]:
     """Documents of a UTF-8 file (split at `<|endoftext|>`), a `.jsonl` file (one a line, in `field`), or a folder.
 
-    A folder is read recursively in sorted order, files with the suffixes in `SUFFIXES` only. Raises `InputError` for
-    a missing path, a malformed line (named by number), a folder without text, or a text that is empty.
+    A line of a .jsonl file that has `tokens` and `tokenizer` beside its `text` (as `lowbit synthesize` writes them)
+    becomes a `Tokenized` document. A folder is read recursively in sorted order, files with the suffixes in `SUFFIXES`
+    only. Raises `InputError` for a missing path, a malformed line (named by number), a folder without text, or a text
+    that is empty.
     """
     path = Path(path)
     if path.is_dir():
@@ -68,7 +85,12 @@ def _jsonl(file: Path, text: str, field: str) -> Iterator[str]:
         doc = value.get(field) if isinstance(value, dict) else None
         if not isinstance(doc, str):
             raise InputError(f"{file} line {number} has no string {field!r} (allowed: one object with it a line)")
-        if doc.strip():
+        if field == "text" and "tokens" in value and isinstance(value.get("tokenizer"), str):
+            ids = value["tokens"]
+            if not isinstance(ids, list) or not ids or not all(type(i) is int and i >= 0 for i in ids):
+                raise InputError(f"{file} line {number}: tokens (allowed: a list of token ids, at least one)")
+            yield Tokenized(doc, ids, value["tokenizer"])
+        elif doc.strip():
             yield doc
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from lowbit.data.corpus import Tokenized
 from lowbit.data.tokenizer import Tokenizer
 from lowbit.errors import InputError
 from lowbit.files import atomic_path, write_text
@@ -42,11 +43,12 @@ class Manifest:
 def prepare(documents: Iterable[str], tokenizer: Tokenizer, seq_len: int, folder: str | Path) -> "Rows":
     """Tokenises `documents` into `folder`, or opens it if it already holds exactly these rows.
 
-    Every document starts with BOS if the tokenizer adds it and ends with EOS if there is one. Memory is bounded by a
-    few hundred documents. Run it on one process; the others open the folder.
+    Every document starts with BOS if the tokenizer adds it and ends with EOS if there is one; a `Tokenized` one is its
+    ids. Memory is bounded by a few hundred documents. Run it on one process; the others open the folder.
 
     Raises:
-      InputError: the folder holds other rows (it is left alone), there is no text, or less than one row of it.
+      InputError: the folder holds other rows (it is left alone), there is no text, less than one row of it, or ids of
+        another tokenizer.
     """
     folder = Path(folder)
     if seq_len < 1:
@@ -63,15 +65,14 @@ def prepare(documents: Iterable[str], tokenizer: Tokenizer, seq_len: int, folder
                 raise InputError(f"{folder} holds rows with {key} {have} (allowed: {value}, or another folder)")
         return rows
     dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
-    eos = list(tokenizer.eos_ids[:1])
     starts, count = [], 0
     with atomic_path(folder / "tokens.bin") as tmp, open(tmp, "wb") as f:
         source = iter(text)
         while chunk := list(islice(source, _CHUNK)):
-            for ids in tokenizer.encode_many(chunk):
+            for ids in encoded(chunk, tokenizer):
                 starts.append(count)
-                count += len(ids) + len(eos)
-                f.write(np.array(ids + eos, dtype).tobytes())
+                count += len(ids)
+                f.write(np.array(ids, dtype).tobytes())
         if not starts:
             raise InputError("text is empty (allowed: at least one non-empty document)")
         rows = (count - 1) // seq_len
@@ -94,6 +95,26 @@ def prepare(documents: Iterable[str], tokenizer: Tokenizer, seq_len: int, folder
     return Rows(folder)
 
 
+def encoded(documents: Sequence[str], tokenizer: Tokenizer) -> list[list[int]]:
+    """The ids of each document as rows hold them. Raises `InputError` for ids of another tokenizer."""
+    eos = list(tokenizer.eos_ids[:1])
+    texts = iter(tokenizer.encode_many([d for d in documents if not isinstance(d, Tokenized)]))
+    return [_given(d, tokenizer) if isinstance(d, Tokenized) else next(texts) + eos for d in documents]
+
+
+def _given(document: Tokenized, tokenizer: Tokenizer) -> list[int]:
+    if document.tokenizer != tokenizer.hash:
+        raise InputError(
+            f"text has token ids of tokenizer {document.tokenizer[:12]}, the model's is {tokenizer.hash[:12]} "
+            "(allowed: the same one, or lines without the field tokens)"
+        )
+    if max(document.ids) >= tokenizer.vocab_size:
+        raise InputError(
+            f"text has token id {max(document.ids)} (allowed: 0 to {tokenizer.vocab_size - 1}, the tokenizer's)"
+        )
+    return list(document.ids)
+
+
 class _Text:
     """The non-empty documents, with a running hash and byte count."""
 
@@ -102,9 +123,12 @@ class _Text:
 
     def __iter__(self) -> Iterator[str]:
         for doc in self.documents:
-            if doc.strip():
+            given = isinstance(doc, Tokenized)
+            if given or doc.strip():
                 data = doc.encode()
                 self.hash.update(len(data).to_bytes(8, "little") + data)
+                if given:
+                    self.hash.update(b"tokens" + np.array(doc.ids, "<u4").tobytes())
                 self.bytes += len(data)
                 yield doc
 

@@ -242,7 +242,9 @@ class Integer(Uniform):
       (int2 g64: 0.41 against 0.72 relative), and loses from 5 bits on at small groups. int8 is the usual `a / 127`.
     - `signmax`: `v / -2^(N-1)`, v the *signed* entry of largest magnitude (Q4_0's rule): no clipping at the extreme
       and the lowest error of the three, but the scale may be negative, which some runtimes do not expect.
-    - `minmax` (asymmetric, default there): `(max(w, 0) - min(w, 0)) / (2^N - 1)`, `zero = rne(-min / scale)`.
+    - `minmax`: symmetric, N >= 2: `a / (2^(N-1) - 1)` and codes up to that on both sides: nothing is clipped, one level
+      is not used (LLM-QAT, arXiv 2305.17888). Asymmetric (default there): `(max(w, 0) - min(w, 0)) / (2^N - 1)`,
+      `zero = rne(-min / scale)`.
     - `mse`: the default times the factor out of `SHRINK` with the least squared error in each group.
     - `signmse`: the same for `signmax`; the lowest error of all at few bits.
 
@@ -294,7 +296,8 @@ class Integer(Uniform):
     def levels(self) -> tuple[int, int]:
         if self.odd:
             return (1 - 2**self.width, 2**self.width - 1)
-        return (0, 2**self.width - 1) if self.asym else (-(2 ** (self.width - 1)), 2 ** (self.width - 1) - 1)
+        half = 2 ** (self.width - 1)
+        return (0, 2 * half - 1) if self.asym else (1 - half if self.calibration == "minmax" else -half, half - 1)
 
     @property
     def has_zero(self) -> bool:
@@ -322,7 +325,7 @@ class Integer(Uniform):
         top = self.reduce(jnp.maximum, jnp.abs(w_OGK))
         if self.midrise:
             return {"scale": top * np.float32(1 / (2 * half))}
-        return {"scale": top * np.float32(1 / (half if self.width <= 4 else half - 1))}
+        return {"scale": top * np.float32(1 / (half if self.width <= 4 and self.calibration != "minmax" else half - 1))}
 
     def quantize(self, w_OI: Float[Array, "O I"], stored: Params) -> Int[Array, "O I"]:
         if self.signs:
@@ -515,15 +518,8 @@ def _parser(width: int):
         found["centered"] = found.pop("center", False)
         default = _default_calibration(width, asym)
         calibration = found.pop("calibration", default)
-        allowed = (
-            ["minmax", "mse"]
-            if asym
-            else ["absmax", "mse"]
-            if midrise
-            else [default]
-            if width == 1
-            else ["absmax", "signmax", "mse", "signmse"]
-        )
+        symmetric = [default] if width == 1 else ["absmax", "signmax", "minmax", "mse", "signmse"]
+        allowed = ["minmax", "mse"] if asym else ["absmax", "mse"] if midrise else symmetric
         if calibration not in allowed:
             which = "asymmetric " if asym else "mid-rise " if midrise else ""
             raise FormatError(f"calibration {calibration!r} of {which}{family} (allowed: {', '.join(allowed)})")
@@ -563,6 +559,7 @@ _EXAMPLES = {
         "int4:g128:mse:f32",
         "int4:tensor:mse",
         "int4:g32:min32",
+        "int4:channel:minmax:fixed2",
     ],
     5: ["int5:g64", "int5:tensor:asym", "int5:channel:mse"],
     6: ["int6:g64:fixed2", "int6:channel:asym", "int6:tensor:mse"],

@@ -257,6 +257,17 @@ def without(params: Mapping[str, Any]) -> Tree:
     return trees.build({path: leaf for path, leaf in trees.items(params) if not isinstance(leaf, CacheSite)})
 
 
+def check(assignment: Mapping[str, Any], config: ModelConfig) -> None:
+    """Raises `InputError` for cache formats in an assignment (`Plan.resolve`) that the model's heads have no whole
+    groups for."""
+    for path, fmt in assignment.items():
+        if isinstance(fmt, KVFormat):
+            try:
+                fmt.check(config.head_dim)
+            except InputError as e:
+                raise InputError(f"{path}: {e}") from e
+
+
 def attach(params: Tree, assignment: Mapping[str, Any]) -> tuple[Tree, dict[str, Any]]:
     """The tree with the cache formats of an assignment (`Plan.resolve`) in their places, beside the transforms that are
     there, and the rest of the assignment. Raises `InputError` for layers that the tree lacks."""

@@ -150,9 +150,17 @@ def _choose(
 ) -> Int[Array, " B"]:
     if greedy:
         return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+    best_BK, ids_BK = likeliest(logits_BV, temperature, top_p, top_k)
+    picked_B = jax.random.categorical(key, best_BK, axis=-1)
+    return jnp.take_along_axis(ids_BK, picked_B[:, None], axis=1)[:, 0].astype(jnp.int32)
+
+
+def likeliest(
+    logits_BV: Float[Array, "B V"], temperature: float | Array, top_p: float | Array, top_k: int | None
+) -> tuple[Float[Array, "B K"], Int[Array, "B K"]]:
+    """Logits over `temperature` of what may be drawn (-inf where `top_p` excludes it), and the token ids."""
     logits_BV = logits_BV / temperature
     best_BK, ids_BK = jax.lax.top_k(logits_BV, min(top_k or logits_BV.shape[1], logits_BV.shape[1]))
     p_BK = jax.nn.softmax(best_BK, axis=-1)
     before_BK = jnp.cumsum(p_BK, axis=-1) - p_BK  # a token stays if those above it fall short of top_p
-    picked_B = jax.random.categorical(key, jnp.where(before_BK < top_p, best_BK, -jnp.inf), axis=-1)
-    return jnp.take_along_axis(ids_BK, picked_B[:, None], axis=1)[:, 0].astype(jnp.int32)
+    return jnp.where(before_BK < top_p, best_BK, -jnp.inf), ids_BK

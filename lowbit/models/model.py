@@ -1,6 +1,7 @@
 """A model as every command passes it around: configuration, parameters, tokenizer and where it came from."""
 
 import dataclasses
+import hashlib
 from functools import partial
 from typing import Any, Protocol
 
@@ -53,6 +54,18 @@ class Model:
         tokens = jnp.asarray(np.asarray(tokens, np.int32))
         out = _logits(self.params, tokens if tokens.ndim == 2 else tokens[None], self.config, jnp.dtype(dtype))
         return out if tokens.ndim == 2 else out[0]
+
+    def fingerprint(self) -> str:
+        """SHA-256 of what decides the logits: configuration, formats and every stored array."""
+        h = hashlib.sha256(repr(self.config).encode())
+        for path, leaf in trees.items(self.params):
+            parts = [leaf, leaf.w] if isinstance(leaf, PreparedInput) else [leaf]
+            names = [getattr(getattr(p, k, None), "name", "") for p in parts for k in ("format", "act", "op")]
+            h.update(f"\n{path} {names}".encode())
+            for key, a in jax.tree_util.tree_leaves_with_path(leaf):
+                h.update(f"\n{jax.tree_util.keystr(key)} {a.dtype} {a.shape}\n".encode())
+                h.update(np.ascontiguousarray(a).tobytes())
+        return h.hexdigest()
 
     def replace(self, **changes: Any) -> "Model":
         """A copy with some fields changed."""

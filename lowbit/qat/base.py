@@ -106,4 +106,4 @@ def _without_keys(recipe: Recipe, keys: list[str]) -> Recipe:
 
 def _load_all() -> None:
     # Each module registers its recipes.
-    from lowbit.qat import bitnet, dorefa, efficientqat, loftq, lsq, paretoq, proximal, qa_lora, qlora, ste  # noqa: F401
+    from lowbit.qat import bitnet, dorefa, efficientqat, llm_qat, loftq, lsq, paretoq, proximal, qa_lora, qlora, ste  # noqa: F401  # noqa: F401

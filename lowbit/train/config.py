@@ -10,6 +10,7 @@ from lowbit.errors import InputError, unknown
 SCHEDULES = ("constant", "cosine", "linear", "wsd", "two-stage")
 OPTIMIZERS = ("adamw", "adam", "sgd", "lion", "muon")
 LOSSES = ("ce", "kl", "mixed")
+KL = ("forward", "reverse")
 DTYPES = ("float32", "bfloat16")
 REMAT = ("none", "full", "dots")
 
@@ -28,7 +29,9 @@ class TrainConfig:
 
     loss: Literal["ce", "kl", "mixed"] = "ce"
     kl_weight: float = 0.5  # of the KL term when loss is "mixed"
+    kl_direction: Literal["forward", "reverse"] = "forward"  # KL(teacher || student), or the other way round
     temperature: float = 1.0  # of teacher and student in the KL term
+    hidden_weight: float = 0.0  # of the distance between the hidden states that the heads get; added to any loss
 
     optimizer: Literal["adamw", "adam", "sgd", "lion", "muon"] = "adamw"
     lr: float = 1e-3
@@ -90,6 +93,11 @@ class TrainConfig:
         if any(n == 0 or n < -1 for n in self.mesh) or list(self.mesh).count(-1) > 1:
             raise InputError(f"mesh is {self.mesh} (allowed: three device counts, at most one of them -1)")
 
+    @property
+    def taught(self) -> bool:
+        """Whether the objective has a term that needs a teacher."""
+        return self.loss != "ce" or self.hidden_weight > 0
+
     def fingerprint(self) -> dict[str, Any]:
         """What a resumed run must share with the run it continues, JSON-able."""
         keep = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in OPERATIONAL}
@@ -98,13 +106,21 @@ class TrainConfig:
         return json.loads(json.dumps(keep))  # tuples become lists, as they come back from a file
 
 
-_NAMES = {"loss": LOSSES, "optimizer": OPTIMIZERS, "schedule": SCHEDULES, "dtype": DTYPES, "remat": REMAT}
+_NAMES = {
+    "loss": LOSSES,
+    "kl_direction": KL,
+    "optimizer": OPTIMIZERS,
+    "schedule": SCHEDULES,
+    "dtype": DTYPES,
+    "remat": REMAT,
+}
 _RANGES = (
     ("steps", 1, math.inf),
     ("batch_size", 1, math.inf),
     ("microbatches", 1, math.inf),
     ("seed", 0, 2**32 - 1),
     ("kl_weight", 0, 1),
+    ("hidden_weight", 0, math.inf),
     ("warmup", 0, math.inf),
     ("decay", 0, 1),
     ("lr_second", 0, math.inf),

@@ -521,7 +521,7 @@ def test_mesh(names: list[str]):
         ("int4:g64:g32", r"int4: key 'g32' gives a second granularity"),
         ("int1:asym:absmean", r"calibration 'absmean' of asymmetric int1 \(allowed: minmax, mse\)"),
         ("int1:mse", r"calibration 'mse' of int1 \(allowed: absmean\)"),
-        ("int4:minmax", r"calibration 'minmax' of int4 \(allowed: absmax, signmax, mse, signmse\)"),
+        ("int4:absmean", r"calibration 'absmean' of int4 \(allowed: absmax, signmax, minmax, mse, signmse\)"),
         ("int4:asym:absmax", r"calibration 'absmax' of asymmetric int4 \(allowed: minmax, mse\)"),
         ("ternary:asym", r"unknown key of ternary 'asym'"),
         ("q4_0:g64", r"unknown key of q4_0 'g64'"),
