@@ -274,6 +274,25 @@ def test_train_resume_and_use(here, capsys):
 
 
 @pytest.mark.slow
+def test_adapters_from_training_to_export(here, capsys):
+    """The plan tells the bytes with adapters; unmerged ones do not leave, merged ones do."""
+    argv = "train m --text text.txt --batch-size 2 --seq 16 --steps 2 --recipe loftq:r2 --format nf4:g8 --out a".split()
+    plan, done = run(capsys, *argv, "--dry-run"), run(capsys, *argv)
+    assert plan["bytes"] == done["stored_bytes"] and plan["bits_per_weight"] == pytest.approx(done["bits_per_weight"])
+    assert plan["bits_per_weight_quantized"] == pytest.approx(done["bits_per_weight_quantized"])
+    assert any(t["format"] == "nf4:g8+lora:r2" for t in run(capsys, "inspect", "a")["tensors"])
+    assert main(["export", "a", "--to", "hf", "--out", "x"]) == 2 and "lowbit merge" in capsys.readouterr().err
+    assert run(capsys, "merge", "a", "--out", "b")["folder"] == "plain"
+    assert run(capsys, "eval", "b", "--text", "text.txt", "--against", "a")["kl_mean"] < 1e-6
+    run(capsys, "export", "b", "--to", "hf", "--out", "c")
+    argv = "train m --text text.txt --batch-size 2 --seq 16 --steps 2 --recipe qa-lora:r2 --format int4:g8:min --out q"
+    done = run(capsys, *argv.split())
+    assert (
+        done["bits_per_weight_quantized"] == run(capsys, *argv.split(), "--dry-run")["bits_per_weight_quantized"] == 8
+    )
+
+
+@pytest.mark.slow
 def test_activation_formats_from_training_to_export(here, capsys):
     """Inputs rounded in training are rounded in evaluation, by the packed export too; GGUF refuses unless told to."""
     rules = '[[rule]]\nmatch = ".*proj"\nformat = "int4:g8"\n[[rule]]\nmatch = ".*proj:in"\nformat = "int4:token"\n'

@@ -55,7 +55,7 @@ def statistics(leaf: Any) -> dict[str, float | None]:
 
     if isinstance(leaf, CacheSite):
         return dict.fromkeys(("min", "max", "mean", "std"))
-    x = np.asarray(dense(leaf)).astype(np.float64)
+    x = np.asarray(leaf if hasattr(leaf, "ndim") else dense(leaf)).astype(np.float64)
     return {"min": float(x.min()), "max": float(x.max()), "mean": float(x.mean()), "std": float(x.std())}
 
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 from models import CONFIG, params, rows
 from safetensors.numpy import load_file
 
@@ -32,7 +33,7 @@ from lowbit.plan import Plan, Rule
 from lowbit.ptq import rtn
 from lowbit.qat import adapters
 from lowbit.qat.loftq import loftq, low_rank
-from lowbit.train import checkpoint, objective
+from lowbit.train import checkpoint, objective, sharding
 from lowbit.train.config import TrainConfig
 from lowbit.train.loop import train
 from lowbit.train.params import flatten, trainable, unflatten
@@ -165,6 +166,17 @@ def test_scale_lr_and_decay_leave_adapters_alone():
     assert not any(decays(n, 2) for n in names)
 
 
+def test_a_mesh_keeps_ranks_whole():
+    mesh = AbstractMesh((1, 2, 2), sharding.AXES, axis_types=(AxisType.Auto,) * 3)
+    shapes = {f"{Q_PROJ}:lora_a": (4, 32), f"{Q_PROJ}:lora_b": (32, 4), Q_PROJ.replace("q_", "o_") + ":lora_a": (4, 32)}
+    found = sharding.shard({n: jax.ShapeDtypeStruct(s, "float32") for n, s in shapes.items()}, mesh)
+    assert list(found.specs.values()) == [
+        PartitionSpec(None, "fsdp"),
+        PartitionSpec("tensor", None),
+        PartitionSpec(None, "tensor"),
+    ]
+
+
 def test_low_rank_is_the_truncated_svd():
     rng = np.random.default_rng(1)
     for shape in ((20, 48), (48, 20)):
@@ -281,6 +293,10 @@ def test_packed_folders_keep_adapters(tmp_path):
     assert folder_sizes(tmp_path / "m") == sizes(tree)
     assert export(tmp_path / "m", "packed", tmp_path / "n")["kl_max"] == 0.0
     assert same(load_hf(tmp_path / "n").params, tree)
+    rtn.quantize_dir(tmp_path / "m", {"model.embed_tokens": formats.get("q8_0")}, tmp_path / "e")  # block by block
+    again = load_hf(tmp_path / "e").params
+    assert isinstance(trees.get(again, "model.embed_tokens"), QTensor)
+    assert all(same(trees.get(again, p), leaf) for p, leaf in trees.items(tree) if p != "model.embed_tokens")
     config = (tmp_path / "m" / "config.json").read_text()
     (tmp_path / "m" / "config.json").write_text(config.replace('"rank": 2', '"rank": 1'))
     with pytest.raises(InputError, match=r"lora_. has shape .* \(config.json needs"):
