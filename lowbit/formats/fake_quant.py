@@ -21,6 +21,7 @@ zero use the `rounded` mask: the derivative of what the forward pass computes.
 
 import dataclasses
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -62,8 +63,11 @@ class PreparedInput:
 # -- gradients of a uniform grid --------------------------------------------------------------------------------------
 
 
-def inside(w: Array, ratio: Array, zero: Any, levels: Levels, clip: Clip) -> Bool[Array, "..."]:
-    """Where a policy lets the gradient pass. `ratio` is `w / s`, everything broadcastable to `w`."""
+def inside(
+    w: Array, ratio: Array, zero: Any, levels: Levels, clip: Clip, rounded: Callable[[Array], Array] = jnp.round
+) -> Bool[Array, "..."]:
+    """Where a policy lets the gradient pass. `ratio` is `w / s`, everything broadcastable to `w`; `rounded` gives its
+    nearest level on the grid without ends."""
     lo, hi = map(float, levels)
     match clip:
         case "none":
@@ -71,7 +75,7 @@ def inside(w: Array, ratio: Array, zero: Any, levels: Levels, clip: Clip) -> Boo
         case "inclusive":
             return (ratio + zero >= lo) & (ratio + zero <= hi)
         case "rounded":
-            code = jnp.round(ratio) + zero
+            code = rounded(ratio) + zero
             return (code >= lo) & (code <= hi)
         case "lsq":
             return (ratio + zero > lo) & (ratio + zero < hi)
@@ -88,14 +92,15 @@ def uniform_gradients(
     clip: Clip,
     g: Float[Array, "..."],
     offset: Any = 0.0,
+    rounded: Callable[[Array], Array] = jnp.round,
 ) -> tuple[Array, Array, Array]:
     """Per element, for `w_hat = (code - z) * s + offset` with `code = clip(rne((w - offset) / s) + z, lo, hi)`: the
     cotangents of w and of s, and the cotangent `out` that the saturated elements pass (0 inside): the offset's own, and
-    times `-s` the zero point's."""
+    times `-s` the zero point's. `rounded` replaces rne for levels that are not evenly spaced."""
     ratio = (w - offset) / scale
-    level = jnp.clip(jnp.round(ratio) + zero, *map(float, levels)) - zero
-    passed = inside(w, ratio, zero, levels, clip if clip in ("inclusive", "lsq") else "rounded")
-    gw = g if clip == "none" else jnp.where(inside(w, ratio, zero, levels, clip), g, 0.0)
+    level = jnp.clip(rounded(ratio) + zero, *map(float, levels)) - zero
+    passed = inside(w, ratio, zero, levels, clip if clip in ("inclusive", "lsq") else "rounded", rounded)
+    gw = g if clip == "none" else jnp.where(inside(w, ratio, zero, levels, clip, rounded), g, 0.0)
     return gw, g * (level - jnp.where(passed, ratio, 0.0)), jnp.where(passed, 0.0, g)
 
 

@@ -5,6 +5,8 @@
 | `q8_0` | 32 | -128..127 times d | 8.5 | `max|w| / 127` |
 | `q4_0` | 32 | -8..7 times d | 4.5 | `v / -8`, v the signed entry of largest magnitude; d may be negative |
 | `q4_1` | 32 | 0..15 times d, plus m | 5.0 | `d = (max - min) / 15`, `m = min` |
+| `q5_0` | 32 | -16..15 times d | 5.5 | `v / -16`, as q4_0 |
+| `q5_1` | 32 | 0..31 times d, plus m | 6.0 | `d = (max - min) / 31`, `m = min` |
 | `q2_0` | 64 | -1..2 times d | 2.25 | `sign(v) * 1.3 * mean|w|` |
 | `tq1_0` | 256 | -1..1 times d, five in a byte | 1.6875 | absmean |
 | `tq2_0` | 256 | -1..1 times d | 2.0625 | absmean |
@@ -16,11 +18,11 @@ factor 1.3 is between the best for normal weights, 1.25, and for Student-t(5), 1
 for weights that are ternary already (0.81 on normal ones), where the absmean rule gives the same (see
 `lowbit.formats.ternary`).
 
-Keys: `mse` searches the scale (not for q4_1), and the clip policies of `lowbit.formats.fake_quant`.
+Keys: `mse` searches the scale (and m, for least squares; then m is at most 0), and the clip policies of
+`lowbit.formats.fake_quant`.
 """
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -28,10 +30,10 @@ import numpy as np
 from einops import rearrange
 from jaxtyping import Array, Float, Int
 
-from lowbit.formats.base import Affine, Format, Params, QTensor, register
-from lowbit.formats.fake_quant import uniform_gradients
+from lowbit.formats import search
+from lowbit.formats.base import Format, Params, register
 from lowbit.formats.floats import round_to
-from lowbit.formats.integer import Uniform, parse_keys, signed_max, spread
+from lowbit.formats.integer import Uniform, parse_keys, signed_max
 from lowbit.formats.ternary import ternary_scale
 
 
@@ -47,6 +49,8 @@ BLOCKS = {
     "q8_0": Block(32, 8, (-128, 127)),
     "q4_0": Block(32, 4, (-8, 7)),
     "q4_1": Block(32, 4, (0, 15)),
+    "q5_0": Block(32, 5, (-16, 15)),
+    "q5_1": Block(32, 5, (0, 31)),
     "q2_0": Block(64, 2, (-1, 2)),
     "tq1_0": Block(256, 2, (-1, 1)),
     "tq2_0": Block(256, 2, (-1, 1)),
@@ -55,7 +59,7 @@ BLOCKS = {
 
 @dataclasses.dataclass(frozen=True)
 class GGML(Uniform):
-    """A ggml type with levels times one scale (all but q4_1). See the module for the grids."""
+    """A ggml type with levels times one scale, and a minimum in q4_1 and q5_1. See the module for the grids."""
 
     granularity: str | int = 32
     type: str = "q4_0"
@@ -74,19 +78,34 @@ class GGML(Uniform):
         return BLOCKS[self.type].levels
 
     @property
+    def has_min(self) -> bool:
+        return self.type in ("q4_1", "q5_1")
+
+    @property
     def signed_scale(self) -> bool:
-        return self.type in ("q4_0", "q2_0")
+        return self.type in ("q4_0", "q5_0", "q2_0")
 
     @property
     def searched(self) -> bool:
         return self.mse
 
+    def init(self, w_OI: Float[Array, "O I"], stats: Any = None, key: Any = None) -> Params:
+        """As `Uniform.init`; a search for a minimum too solves for both."""
+        if not (self.searched and self.has_min):
+            return super().init(w_OI, stats, key)
+        scale, low = search.fit(*search.blocks(w_OI, stats, self.granularity), self.levels, True)
+        return {"scale": scale, "min": low}
+
     def fit(self, w_OGK: Float[Array, "O G K"]) -> Params:
         match self.type:
             case "q8_0":
                 return {"scale": self.reduce(jnp.maximum, jnp.abs(w_OGK)) * np.float32(1 / 127)}
-            case "q4_0":
-                return {"scale": signed_max(self, w_OGK) * np.float32(-1 / 8)}
+            case "q4_0" | "q5_0":
+                return {"scale": signed_max(self, w_OGK) * np.float32(1 / self.levels[0])}
+            case "q4_1" | "q5_1":
+                low = self.reduce(jnp.minimum, w_OGK)
+                span = self.reduce(jnp.maximum, w_OGK) - low
+                return {"scale": span * np.float32(1 / self.levels[1]), "min": round_to(low, "fp16")}
             case "q2_0":
                 sign = jnp.where(signed_max(self, w_OGK) < 0, -1.0, 1.0)
                 return {"scale": sign * self.mean(jnp.abs(w_OGK)) * np.float32(1.3)}
@@ -97,66 +116,6 @@ class GGML(Uniform):
 
     def unpack_codes(self, packed: Array, shape: tuple[int, int]) -> Int[Array, "O I"]:
         return _unpack_trits(packed) - 1 if self.type == "tq1_0" else super().unpack_codes(packed, shape)
-
-
-@dataclasses.dataclass(frozen=True)
-class Q4_1(Uniform):
-    """`w_hat = c * d + m`, c in 0..15, d and m fp16 per 32 weights (5 bits per weight).
-
-    The decoder adds after multiplying, so the product has to be exact: 11 significant bits times 4 is. `d >= 0` when
-    fitted; trained d and m follow LSQ+ (arXiv 2004.09576): m gets the gradient of the saturated elements.
-    """
-
-    granularity: str | int = 32
-
-    @property
-    def name(self) -> str:
-        return ":".join(["q4_1", *self._keys()])
-
-    @property
-    def bits(self) -> int:
-        return 4
-
-    @property
-    def levels(self) -> tuple[int, int]:
-        return (0, 15)
-
-    def fit(self, w_OGK: Float[Array, "O G K"]) -> Params:
-        low = self.reduce(jnp.minimum, w_OGK)
-        span = self.reduce(jnp.maximum, w_OGK) - low
-        return {"scale": span * np.float32(1 / 15), "min": round_to(low, "fp16")}
-
-    def stored(self, params: Params) -> Params:
-        return {"scale": self.stored_scale(params["scale"]), "min": round_to(params["min"], "fp16")}
-
-    def check_values(self, w_OI: Float[Array, "O I"], params: Params) -> None:
-        super().check_values(w_OI, params)
-        self.check_range("min", params["min"])
-
-    def quantize(self, w_OI: Float[Array, "O I"], stored: Params) -> Int[Array, "O I"]:
-        return super().quantize(w_OI - spread(stored["min"], w_OI.shape), stored)
-
-    def dequantize(self, codes_OI: Int[Array, "O I"], stored: Params) -> Float[Array, "O I"]:
-        return super().dequantize(codes_OI, stored) + spread(stored["min"], codes_OI.shape)
-
-    def pack(self, codes_OI: Int[Array, "O I"], stored: Params) -> dict[str, Array]:
-        return {**super().pack(codes_OI, stored), "min": stored["min"].astype(jnp.float16)}
-
-    def unpack(self, arrays: Mapping[str, Array], shape: tuple[int, int]) -> tuple[Int[Array, "O I"], Params]:
-        codes, stored = super().unpack(arrays, shape)
-        return codes, {**stored, "min": arrays["min"].astype(jnp.float32)}
-
-    def vjp(self, w_OI: Float[Array, "O I"], params: Params, g_OI: Float[Array, "O I"]) -> tuple[Array, Params]:
-        stored = self.stored(params)
-        scale, low = (spread(stored[k], w_OI.shape) for k in ("scale", "min"))
-        gw, gs, out = uniform_gradients(w_OI, scale, 0.0, self.levels, self.clip, g_OI, low)
-        factor = self.grad_factor(w_OI.shape)
-        sums = {k: self.reduce(jnp.add, self._blocks(g)) * factor for k, g in (("scale", gs), ("min", out))}
-        return gw, sums
-
-    def affine(self, q: QTensor) -> Affine:
-        low = np.asarray(q.arrays["min"].astype(jnp.float32))
-        return dataclasses.replace(super().affine(q), offset=low)
 
 
 # -- base 3: ggml's tq1_0 bytes, five trits each (the last four bytes of a block hold four) ---------------------------
@@ -190,14 +149,17 @@ def _unpack_trits(packed: Array) -> Int[Array, "O I"]:
 
 def _parser(type: str):
     def parse(keys: list[str]) -> Format:
-        if type == "q4_1":
-            return Q4_1(**parse_keys(type, keys, ["clip"]))
         found: dict[str, Any] = parse_keys(type, keys, ["search", "clip"])
         return GGML(granularity=BLOCKS[type].size, type=type, mse=found.pop("search", None) == "mse", **found)
 
     return parse
 
 
-_EXAMPLES = {"q4_0": ["q4_0", "q4_0:mse:lsq"], "q2_0": ["q2_0", "q2_0:mse"]}
+_EXAMPLES = {
+    "q4_0": ["q4_0", "q4_0:mse:lsq"],
+    "q2_0": ["q2_0", "q2_0:mse"],
+    "q5_0": ["q5_0", "q5_0:mse:clip"],
+    "q5_1": ["q5_1", "q5_1:mse:lsq"],
+}
 for _type in BLOCKS:
     register(_type, _parser(_type), _EXAMPLES.get(_type, [_type]))

@@ -23,6 +23,7 @@ from lowbit.models.llama2c import load_llama2c
 from tests.export.small_models import CASES, byte_model, config, model, packed, weights
 from tests.shared import shared_path
 
+TYPES = "Q4_0 Q8_0 Q4_1 Q2_0 TQ1_0 TQ2_0 Q5_0 Q5_1 Q2_K Q3_K Q4_K Q5_K Q6_K MXFP4".split()
 TOKENS = np.random.default_rng(1).integers(0, 258, (1, 48))
 TRICKY = [
     "",
@@ -58,7 +59,10 @@ def test_every_family_round_trips(name, tmp_path):
     np.testing.assert_array_equal(np.asarray(m.logits(TOKENS)), np.asarray(back.logits(TOKENS)))
 
 
-@pytest.mark.parametrize("type", ["Q4_0", "Q8_0", "Q4_1", "Q2_0", "TQ1_0", "TQ2_0"])
+SLOW = ("Q2_K", "Q3_K", "Q5_K", "Q6_K", "Q5_0")  # searches that compile, and layouts that other tests cover
+
+
+@pytest.mark.parametrize("type", [pytest.param(t, marks=[pytest.mark.slow] if t in SLOW else []) for t in TYPES])
 def test_packed_types_keep_codes_and_scales(type, tmp_path):
     m = packed(model(), type.lower())
     report = write_gguf(m, tmp_path / "m.gguf", type)
