@@ -4,6 +4,7 @@ import dataclasses
 import json
 
 import gguf
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -125,17 +126,20 @@ def test_a_packed_tied_embedding(tmp_path):
     same_weights(m, read_gguf(tmp_path / "m.gguf"))
 
 
-def test_latents_give_their_trained_codes(tmp_path):
-    m, fmt = model(), get_format("int2:g64")
+@pytest.mark.parametrize("name, type", [("int2:g64", "Q2_0"), ("q4_k:absmax", "Q4_K")])
+def test_latents_give_their_trained_codes(name, type, tmp_path):
+    m, fmt = model(num_layers=1), get_format(name)
+    init = jax.jit(fmt.init)
 
     def latent(path, w):
         if w.ndim == 1 or ".layers." not in path:
             return w
-        params = fmt.init(w)
-        return Latent(w, {k: 1.7 * v for k, v in params.items()}, fmt)  # scales that init would not give
+        params = init(w)
+        noise = np.random.default_rng(0).uniform(0.7, 1.7, w.shape)  # scales that init would not give
+        return Latent(w, {k: v * noise[:, : v.shape[1]].astype("f4") for k, v in params.items()}, fmt)
 
     trained = m.replace(params=trees.map_leaves(latent, m.params))
-    assert set(write_gguf(trained, tmp_path / "m.gguf").types.values()) == {"Q2_0", "F32"}
+    assert set(write_gguf(trained, tmp_path / "m.gguf").types.values()) == {type, "F32"}
     back = read_gguf(tmp_path / "m.gguf")
     for path, leaf in trees.items(trained.params):
         if isinstance(leaf, Latent):
@@ -156,6 +160,10 @@ def test_misfits_are_named_up_front(tmp_path):
     m = model(intermediate_size=344, num_layers=1)
     with pytest.raises(InputError, match=r"model.layers.0.mlp.down_proj \[256, 344\].* no multiple of TQ2_0's block"):
         write_gguf(m, tmp_path / "m.gguf", "TQ2_0")
+    with pytest.raises(InputError, match=r"down_proj \[256, 344\].* no multiple of Q4_K's block of 256 \(allowed: F32"):
+        write_gguf(m, tmp_path / "m.gguf", "Q4_K")
+    with pytest.raises(InputError, match=r"q6_k.* and 11 more tensors: .*sub-blocks of 16 .* \(allowed: Q6_K, F32"):
+        write_gguf(packed(model(), "q6_k:absmax"), tmp_path / "m.gguf", "Q4_K")
     with pytest.raises(InputError, match=r"int4:g64.* and 11 more tensors: .*Q2_0 holds -1..2\) \(allowed: Q4_0"):
         write_gguf(packed(model(), "int4:g64"), tmp_path / "m.gguf", "Q2_0")
     with pytest.raises(InputError, match="override 'nothing' matches no tensor"):
