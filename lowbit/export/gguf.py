@@ -236,8 +236,8 @@ def usual_type(fmt: Format, shape: tuple[int, ...]) -> str:
         return family.upper()
     if family == "ternary":
         return "TQ2_0" if shape[1] % 256 == 0 else "Q2_0"
-    by_family = {"int1": "Q2_0", "int2": "Q2_0", "int3": "Q4_0", "int4": "Q4_0"}
-    return (by_family | {f"int{b}": "Q8_0" for b in range(5, 9)}).get(family, "")
+    by_family = {"int1": "Q2_0", "int2": "Q2_0", "int3": "Q4_0", "int4": "Q4_0", "int5": "Q5_0"}
+    return (by_family | {f"int{b}": "Q8_0" for b in range(6, 9)}).get(family, "")
 
 
 def _file_type(types: Mapping[str, GGMLType], sources: Mapping[str, Source]) -> int:

@@ -8,13 +8,14 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from einops import rearrange
 
 from lowbit import tree as trees
 from lowbit.errors import InputError
 from lowbit.export import gguf_arch as arch
 from lowbit.export.gguf_file import GGUFFile, TensorInfo, parse
 from lowbit.export.gguf_tokenizer import read_tokenizer
-from lowbit.export.gguf_types import FLOAT_DTYPES, GGMLType, unblock
+from lowbit.export.gguf_types import FLOAT_DTYPES, Fields, GGMLType, unblock
 from lowbit.formats import base as formats
 from lowbit.formats.base import QTensor
 from lowbit.models.model import Model
@@ -64,17 +65,30 @@ def _leaf(f: GGUFFile, path: str, info: TensorInfo, config: Any) -> Any:
             x = x.astype(np.float32) - np.float32(1.0)
         return jnp.asarray(arch.from_file_rows(x, path, config))
     data = arch.from_file_rows(f.read(info.name), path, config)
-    levels, d, m = unblock(info.type, data)
+    try:
+        return qtensor(info.type, unblock(info.type, data))
+    except InputError as e:
+        raise InputError(f"{f.path}: {info.name} holds {e}") from e
+
+
+def qtensor(t: GGMLType, fields: Fields) -> QTensor:
+    """A `QTensor` of the lowbit format of type `t` with these codes and scales. Raises `InputError` for scales that are
+    not finite or, in MXFP4, too small for float32."""
+    levels, d, m, sc, mn = fields
     if not np.isfinite(d).all() or (m is not None and not np.isfinite(m).all()):
-        raise InputError(f"{f.path}: {info.name} holds NaN or infinite scales (allowed: finite numbers)")
-    return qtensor(info.type, levels, d, m)
-
-
-def qtensor(t: GGMLType, levels: np.ndarray, d: np.ndarray, m: np.ndarray | None) -> QTensor:
-    """A `QTensor` of the lowbit format of type `t` with these codes and scales."""
+        raise InputError("NaN or infinite scales (allowed: finite numbers)")
+    if t.name == "MXFP4":
+        least = np.float32(2.0**-126)  # ggml gives blocks of zeros 2^-128, a float32 subnormal; any scale does there
+        used = rearrange(levels, "o (g b) -> o g b", b=t.block).any(axis=-1)
+        if (used & (d < least)).any():
+            raise InputError(f"an MXFP4 scale of {d[used].min():g} (allowed: {least:g} or more)")
+        d = np.maximum(d, least)
     fmt: Any = formats.get(t.format)
-    stored = {"scale": jnp.asarray(d)} | ({} if m is None else {"min": jnp.asarray(m)})
-    return QTensor(fmt.pack(jnp.asarray(levels), stored), fmt, (levels.shape[0], levels.shape[1]), "float32")
+    two = {"d": d, "sc": sc, "dmin": m, "mn": mn}
+    arrays = {
+        k: jnp.asarray(a) for k, a in (two if sc is not None else {"scale": d, "min": m}).items() if a is not None
+    }
+    return QTensor(fmt.pack(jnp.asarray(levels), arrays), fmt, (levels.shape[0], levels.shape[1]), "float32")
 
 
 def _float(f: GGUFFile, name: str) -> np.ndarray:

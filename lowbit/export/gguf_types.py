@@ -1,17 +1,21 @@
 """GGUF tensor types: ids, block sizes, and their bytes built from codes and scales, never from floats.
 
-Every function works on host arrays `[rows, columns]`. A block is described by integer `levels` and fp16 `d` (and `m`
-for Q4_1), meaning `w = levels * d` (`+ m`). Layouts follow ggml's `ggml-common.h` and `ggml-quants.c`.
+Every function works on host arrays `[rows, columns]`. A block is described by its `Fields`: integer `levels` and fp16
+`d` (and `m` for Q4_1 and Q5_1), meaning `w = levels * d` (`+ m`); K types (`gguf_kquants`) have `d` and `m` per
+super-block and whole numbers `sc` and `mn` per sub-block, `w = levels * (d * sc) - m * mn`. MXFP4's levels are doubled
+E2M1 values, its `d` a power of two. Layouts follow ggml's `ggml-common.h` and `ggml-quants.c`.
 """
 
 import dataclasses
 from collections.abc import Callable
+from typing import NamedTuple
 
 import ml_dtypes
 import numpy as np
 from einops import rearrange
 
-from lowbit.errors import unknown
+from lowbit.errors import InputError, unknown
+from lowbit.export import gguf_kquants
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,9 +57,20 @@ TYPES = {
         GGMLType("Q2_0", 42, 41, 64, 18, -1, 2, "q2_0"),
         GGMLType("TQ1_0", 34, 36, 256, 54, -1, 1, "tq1_0"),
         GGMLType("TQ2_0", 35, 37, 256, 66, -1, 1, "tq2_0"),
+        GGMLType("Q5_0", 6, 8, 32, 22, -16, 15, "q5_0"),
+        GGMLType("Q5_1", 7, 9, 32, 24, 0, 31, "q5_1"),
+        # File types of the K types are those of llama.cpp's mixes that hold the fewest tensors of other types.
+        GGMLType("Q2_K", 10, 10, 256, 84, 0, 3, "q2_k"),
+        GGMLType("Q3_K", 11, 11, 256, 110, -4, 3, "q3_k"),
+        GGMLType("Q4_K", 12, 14, 256, 144, 0, 15, "q4_k"),
+        GGMLType("Q5_K", 13, 16, 256, 176, 0, 31, "q5_k"),
+        GGMLType("Q6_K", 14, 18, 256, 210, -32, 31, "q6_k"),
+        GGMLType("MXFP4", 39, 38, 32, 17, -12, 12, "mxfp4"),
     )
 }
 BY_ID = {t.id: t for t in TYPES.values()}
+WITH_MIN = ("Q4_1", "Q5_1")
+E2M1 = np.array([0, 1, 2, 3, 4, 6, 8, 12], np.int32)  # doubled
 FLOAT_DTYPES = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype(ml_dtypes.bfloat16)}
 
 
@@ -76,6 +91,15 @@ def _pack_nibbles(c: np.ndarray) -> np.ndarray:
 
 def _unpack_nibbles(b: np.ndarray) -> np.ndarray:
     return np.concatenate([b & 15, b >> 4], axis=-1)
+
+
+def _pack_q5(c: np.ndarray) -> np.ndarray:
+    """Bit 4 of element j at bit j of a little-endian word, then nibbles."""
+    return np.concatenate([np.packbits(c >> 4, axis=-1, bitorder="little"), _pack_nibbles(c & 15)], axis=-1)
+
+
+def _unpack_q5(b: np.ndarray) -> np.ndarray:
+    return _unpack_nibbles(b[..., 4:]) | (np.unpackbits(b[..., :4], axis=-1, bitorder="little") << 4)
 
 
 def _pack_q2_0(c: np.ndarray) -> np.ndarray:
@@ -137,33 +161,72 @@ _CODECS: dict[str, tuple[Callable, Callable]] = {
     "Q8_0": (lambda c: (c - 128).astype(np.uint8), lambda b: b + np.uint8(128)),
     "Q4_0": (_pack_nibbles, _unpack_nibbles),
     "Q4_1": (_pack_nibbles, _unpack_nibbles),
+    "Q5_0": (_pack_q5, _unpack_q5),
+    "Q5_1": (_pack_q5, _unpack_q5),
     "Q2_0": (_pack_q2_0, _unpack_q2_0),
     "TQ1_0": (_pack_tq1_0, _unpack_tq1_0),
     "TQ2_0": (_pack_tq2_0, _unpack_tq2_0),
 }
 
 
-def blocks(t: GGMLType, levels: np.ndarray, d: np.ndarray, m: np.ndarray | None = None) -> np.ndarray:
-    """Bytes `[rows, row_bytes]` of integer `levels [rows, columns]` within `t.low..t.high` and `d`, `m`
-    `[rows, columns / block]`, which must be exact in fp16."""
-    codes = rearrange((levels - t.low).astype(np.uint8), "r (g b) -> r g b", b=t.block)
+class Fields(NamedTuple):
+    """What a type's blocks hold, as arrays of rows; see the module. float32 but for `levels`, int32."""
+
+    levels: np.ndarray  # [rows, columns]
+    d: np.ndarray  # [rows, columns / block], exact in fp16 (MXFP4: a power of two)
+    m: np.ndarray | None = None
+    sc: np.ndarray | None = None  # [rows, columns / sub-block]
+    mn: np.ndarray | None = None
+
+
+def blocks(t: GGMLType, f: Fields) -> np.ndarray:
+    """Bytes `[rows, row_bytes]` of fields whose values `t` can hold."""
+    if t.name == "MXFP4":
+        size = np.searchsorted(E2M1, np.abs(f.levels)).astype(np.uint8)
+        codes = rearrange(size | (f.levels < 0).astype(np.uint8) << 3, "r (g b) -> r g b", b=t.block)
+        exponent = (np.frexp(f.d)[1] + 127).astype(np.uint8)[..., None]
+        return rearrange(np.concatenate([exponent, _pack_nibbles(codes)], axis=-1), "r g b -> r (g b)")
+    codes = rearrange((f.levels - t.low).astype(np.uint8), "r (g b) -> r g b", b=t.block)
+    if t.name in gguf_kquants.SUB:
+        offset = 32 if t.name == "Q3_K" else 0  # Q6_K's scales are bytes of two's complement
+        sc = rearrange((f.sc.astype(np.int32) + offset).astype(np.uint8), "r (g j) -> r g j", g=f.d.shape[1])
+        mins: list[np.ndarray] = []
+        if f.mn is not None:
+            mins = [_half(f.m), rearrange(f.mn.astype(np.uint8), "r (g j) -> r g j", g=f.d.shape[1])]
+        return rearrange(gguf_kquants.pack(t.name, codes, _half(f.d), sc, *mins), "r g b -> r (g b)")
     packed = _CODECS[t.name][0](codes)
-    head = [_half(d)] + ([_half(m)] if m is not None else [])
+    head = [_half(f.d)] + ([_half(f.m)] if f.m is not None else [])
     fields = [packed, *head] if t.name.startswith("TQ") else [*head, packed]
     return rearrange(np.concatenate(fields, axis=-1), "r g b -> r (g b)")
 
 
-def unblock(t: GGMLType, data: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-    """Inverse of `blocks`: `(levels int32 [rows, columns], d float32, m float32 or None)`."""
+def unblock(t: GGMLType, data: np.ndarray) -> Fields:
+    """Inverse of `blocks`. Raises `InputError` for an MXFP4 exponent that is NaN."""
     b = rearrange(data, "r (g b) -> r g b", b=t.bytes)
+    if t.name == "MXFP4":
+        return _unblock_mxfp4(b)
+    if t.name in gguf_kquants.SUB:
+        c, d, sc, dmin, mn = gguf_kquants.unpack(t.name, b)
+        sc = sc.view(np.int8) if t.name == "Q6_K" else sc.astype(np.int32) - (32 if t.name == "Q3_K" else 0)
+        sub = [None if x is None else rearrange(x, "r g j -> r (g j)").astype(np.float32) for x in (sc, mn)]
+        levels = rearrange(c.astype(np.int32) + t.low, "r g b -> r (g b)")
+        return Fields(levels, _unhalf(d), None if dmin is None else _unhalf(dmin), *sub)
     if t.name.startswith("TQ"):
         packed, d, m = b[..., :-2], b[..., -2:], None
-    elif t.name == "Q4_1":
+    elif t.name in WITH_MIN:
         d, m, packed = b[..., :2], b[..., 2:4], b[..., 4:]
     else:
         d, packed, m = b[..., :2], b[..., 2:], None
     levels = _CODECS[t.name][1](packed).astype(np.int32) + t.low
-    return rearrange(levels, "r g b -> r (g b)"), _unhalf(d), None if m is None else _unhalf(m)
+    return Fields(rearrange(levels, "r g b -> r (g b)"), _unhalf(d), None if m is None else _unhalf(m))
+
+
+def _unblock_mxfp4(b: np.ndarray) -> Fields:
+    codes, exponent = _unpack_nibbles(b[..., 1:]), b[..., 0].astype(np.int32)
+    levels = np.where(codes < 8, 1, -1) * E2M1[codes & 7]
+    if (exponent == 255).any():
+        raise InputError("an MXFP4 scale that is NaN (allowed: exponents 0 to 254)")
+    return Fields(rearrange(levels, "r g b -> r (g b)"), np.ldexp(np.float32(1), exponent - 128))
 
 
 def _half(x: np.ndarray) -> np.ndarray:

@@ -82,11 +82,25 @@ def stored_bytes(a: Any) -> int:
 
 
 @dataclasses.dataclass(frozen=True)
+class Super:
+    """Two levels of scales on the host: `scale = d * sc` and `offset = -dmin * mn` of `Affine`, exactly.
+
+    `d` and `dmin` float32, exact in fp16, `[O, super-blocks]`; `sc` and `mn` whole numbers `[O, groups]`, as float32.
+    """
+
+    d: np.ndarray
+    sc: np.ndarray
+    dmin: np.ndarray | None = None
+    mn: np.ndarray | None = None
+
+
+@dataclasses.dataclass(frozen=True)
 class Affine:
     """Codes and scales of an affine format on the host: `w = (codes - zero) * scale + offset`, in float32, exactly.
 
     `codes` int32 `[O, I]`; `scale`, `zero`, `offset` float32 `[O, G]`, column `j` belongs to group `j // group`.
     `zero` is 0 for symmetric formats and `offset` is 0 for all but min-based ones (q4_1); never are both non-zero.
+    `super` are the factors that a format with two levels of scales (q4_k) stores instead of `scale` and `offset`.
     """
 
     codes: np.ndarray
@@ -94,6 +108,7 @@ class Affine:
     zero: np.ndarray
     offset: np.ndarray
     group: int
+    super: Super | None = None
 
     def decode(self) -> np.ndarray:
         """float32 `[O, I]`."""
@@ -224,7 +239,7 @@ class Format:
         return _init(self, w_OI)
 
     def stored(self, params: Params) -> Params:
-        """Parameters rounded to what is stored, still float32."""
+        """Parameters rounded to what is stored, still float32; stored ones stay as they are."""
         raise TypeError(f"{self.name} has no stored")
 
     def quantize(self, w_OI: Float[Array, "O I"], stored: Params) -> Int[Array, "O I"]:
@@ -309,7 +324,7 @@ class Format:
         return self.init(w_OI, importance)
 
     def round_block(self, w_OI: Float[Array, "O I"], params: Params) -> tuple[Array, Array]:
-        """Solver hook: `(codes, w_hat)` of one block."""
+        """Solver hook: `(codes, w_hat)` of one block, or of columns of it with their part of the stored parameters."""
         stored = self.stored(params)
         codes = self.quantize(w_OI, stored)
         return codes, self.dequantize(codes, stored)
@@ -437,4 +452,4 @@ def names() -> list[str]:
 
 def _load_all() -> None:
     # Imported on first use: each module registers its families, and this file stays below them.
-    from lowbit.formats import dorefa, floats, ggml, integer, normal_float, ternary  # noqa: F401
+    from lowbit.formats import dorefa, floats, ggml, integer, kquant, mx, normal_float, ternary  # noqa: F401

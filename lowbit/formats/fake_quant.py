@@ -69,8 +69,11 @@ class PreparedInput:
 # -- gradients of a uniform grid --------------------------------------------------------------------------------------
 
 
-def inside(w: Array, ratio: Array, zero: Any, levels: Levels, clip: Clip) -> Bool[Array, "..."]:
-    """Where a policy lets the gradient pass. `ratio` is `w / s`, everything broadcastable to `w`."""
+def inside(
+    w: Array, ratio: Array, zero: Any, levels: Levels, clip: Clip, rounded: Callable[[Array], Array] = jnp.round
+) -> Bool[Array, "..."]:
+    """Where a policy lets the gradient pass. `ratio` is `w / s`, everything broadcastable to `w`; `rounded` gives its
+    nearest level on the grid without ends."""
     lo, hi = map(float, levels)
     match clip:
         case "none":
@@ -78,7 +81,7 @@ def inside(w: Array, ratio: Array, zero: Any, levels: Levels, clip: Clip) -> Boo
         case "inclusive" | "paretoq" | "paretoq-compat":
             return (ratio + zero >= lo) & (ratio + zero <= hi)
         case "rounded":
-            code = jnp.round(ratio) + zero
+            code = rounded(ratio) + zero
             return (code >= lo) & (code <= hi)
         case "lsq":
             return (ratio + zero > lo) & (ratio + zero < hi)

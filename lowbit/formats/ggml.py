@@ -5,6 +5,8 @@
 | `q8_0` | 32 | -128..127 times d | 8.5 | `max|w| / 127` |
 | `q4_0` | 32 | -8..7 times d | 4.5 | `v / -8`, v the signed entry of largest magnitude; d may be negative |
 | `q4_1` | 32 | 0..15 times d, plus m | 5.0 | `d = (max - min) / 15`, `m = min` |
+| `q5_0` | 32 | -16..15 times d | 5.5 | `v / -16`, as q4_0 |
+| `q5_1` | 32 | 0..31 times d, plus m | 6.0 | `d = (max - min) / 31`, `m = min` |
 | `q2_0` | 64 | -1..2 times d | 2.25 | `sign(v) * 1.3 * mean|w|` |
 | `tq1_0` | 256 | -1..1 times d, five in a byte | 1.6875 | absmean |
 | `tq2_0` | 256 | -1..1 times d | 2.0625 | absmean |
@@ -16,7 +18,8 @@ factor 1.3 is between the best for normal weights, 1.25, and for Student-t(5), 1
 for weights that are ternary already (0.81 on normal ones), where the absmean rule gives the same (see
 `lowbit.formats.ternary`).
 
-Keys: `mse` searches the scale (not for q4_1), and the clip policies of `lowbit.formats.fake_quant`.
+Keys: `mse` searches the scale (and m, for least squares; then m is at most 0), and the clip policies of
+`lowbit.formats.fake_quant`.
 """
 
 import dataclasses
@@ -27,8 +30,10 @@ import numpy as np
 from einops import rearrange
 from jaxtyping import Array, Float, Int
 
+from lowbit.formats import search
 from lowbit.formats.base import Format, Params, register
-from lowbit.formats.integer import Offset, Uniform, parse_keys, signed_max
+from lowbit.formats.floats import round_to
+from lowbit.formats.integer import Uniform, parse_keys, signed_max
 from lowbit.formats.ternary import ternary_scale
 
 
@@ -44,6 +49,8 @@ BLOCKS = {
     "q8_0": Block(32, 8, (-128, 127)),
     "q4_0": Block(32, 4, (-8, 7)),
     "q4_1": Block(32, 4, (0, 15)),
+    "q5_0": Block(32, 5, (-16, 15)),
+    "q5_1": Block(32, 5, (0, 31)),
     "q2_0": Block(64, 2, (-1, 2)),
     "tq1_0": Block(256, 2, (-1, 1)),
     "tq2_0": Block(256, 2, (-1, 1)),
@@ -52,7 +59,7 @@ BLOCKS = {
 
 @dataclasses.dataclass(frozen=True)
 class GGML(Uniform):
-    """A ggml type with levels times one scale (all but q4_1). See the module for the grids."""
+    """A ggml type with levels times one scale, and a minimum in q4_1 and q5_1. See the module for the grids."""
 
     granularity: str | int = 32
     type: str = "q4_0"
@@ -71,19 +78,34 @@ class GGML(Uniform):
         return BLOCKS[self.type].levels
 
     @property
+    def has_min(self) -> bool:
+        return self.type in ("q4_1", "q5_1")
+
+    @property
     def signed_scale(self) -> bool:
-        return self.type in ("q4_0", "q2_0")
+        return self.type in ("q4_0", "q5_0", "q2_0")
 
     @property
     def searched(self) -> bool:
         return self.mse
 
+    def init(self, w_OI: Float[Array, "O I"], stats: Any = None, key: Any = None) -> Params:
+        """As `Uniform.init`; a search for a minimum too solves for both."""
+        if not (self.searched and self.has_min):
+            return super().init(w_OI, stats, key)
+        scale, low = search.fit(*search.blocks(w_OI, stats, self.granularity), self.levels, True)
+        return {"scale": scale, "min": low}
+
     def fit(self, w_OGK: Float[Array, "O G K"]) -> Params:
         match self.type:
             case "q8_0":
                 return {"scale": self.reduce(jnp.maximum, jnp.abs(w_OGK)) * np.float32(1 / 127)}
-            case "q4_0":
-                return {"scale": signed_max(self, w_OGK) * np.float32(-1 / 8)}
+            case "q4_0" | "q5_0":
+                return {"scale": signed_max(self, w_OGK) * np.float32(1 / self.levels[0])}
+            case "q4_1" | "q5_1":
+                low = self.reduce(jnp.minimum, w_OGK)
+                span = self.reduce(jnp.maximum, w_OGK) - low
+                return {"scale": span * np.float32(1 / self.levels[1]), "min": round_to(low, "fp16")}
             case "q2_0":
                 sign = jnp.where(signed_max(self, w_OGK) < 0, -1.0, 1.0)
                 return {"scale": sign * self.mean(jnp.abs(w_OGK)) * np.float32(1.3)}
@@ -94,15 +116,6 @@ class GGML(Uniform):
 
     def unpack_codes(self, packed: Array, shape: tuple[int, int]) -> Int[Array, "O I"]:
         return _unpack_trits(packed) - 1 if self.type == "tq1_0" else super().unpack_codes(packed, shape)
-
-
-@dataclasses.dataclass(frozen=True)
-class Q4_1(Offset):
-    """`w_hat = c * d + m`, c in 0..15, d and m fp16 per 32 weights (5 bits per weight): `int4:g32:min`."""
-
-    @property
-    def name(self) -> str:
-        return ":".join(["q4_1", *self._keys()])
 
 
 # -- base 3: ggml's tq1_0 bytes, five trits each (the last four bytes of a block hold four) ---------------------------
@@ -136,14 +149,17 @@ def _unpack_trits(packed: Array) -> Int[Array, "O I"]:
 
 def _parser(type: str):
     def parse(keys: list[str]) -> Format:
-        if type == "q4_1":
-            return Q4_1(**parse_keys(type, keys, ["clip"]))
         found: dict[str, Any] = parse_keys(type, keys, ["search", "clip"])
         return GGML(granularity=BLOCKS[type].size, type=type, mse=found.pop("search", None) == "mse", **found)
 
     return parse
 
 
-_EXAMPLES = {"q4_0": ["q4_0", "q4_0:mse:lsq"], "q2_0": ["q2_0", "q2_0:mse"]}
+_EXAMPLES = {
+    "q4_0": ["q4_0", "q4_0:mse:lsq"],
+    "q2_0": ["q2_0", "q2_0:mse"],
+    "q5_0": ["q5_0", "q5_0:mse:clip"],
+    "q5_1": ["q5_1", "q5_1:mse:lsq"],
+}
 for _type in BLOCKS:
     register(_type, _parser(_type), _EXAMPLES.get(_type, [_type]))

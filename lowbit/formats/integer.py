@@ -36,9 +36,13 @@ class Uniform(Format):
     """Integer levels `lo..hi` times one scale per tensor, row (`channel`) or group of columns, minus a zero point.
 
     Stored: codes as a dense `bits`-wide stream per row, `scale` in `storage`, and for asymmetric grids `zero` as a
-    `bits`-wide stream. Bits per weight: `bits + (16 + zero bits) / group`. Trainable: `scale` (and `zero`), float32
-    `[O, G]`, `[O, 1]` or `[1, 1]`; their rounding to what is stored is straight-through. `clip` is the gradient policy
-    (see `lowbit.formats.fake_quant`).
+    `bits`-wide stream or `min` in `storage`. Bits per weight: `bits + (16 + zero bits) / group`. Trainable: `scale`
+    (and `zero` or `min`), float32 `[O, G]`, `[O, 1]` or `[1, 1]`; their rounding to what is stored is straight-through.
+    `clip` is the gradient policy (see `lowbit.formats.fake_quant`).
+
+    With `min` the grid is `w_hat = code * s + min`. A decoder that adds after multiplying needs exact products: the
+    scale's significant bits (11 of fp16) and those of a code together are at most 24. Its gradient is LSQ+'s (arXiv
+    2004.09576): that of the saturated weights.
     """
 
     granularity: str | int = "channel"
@@ -61,17 +65,39 @@ class Uniform(Format):
         return False
 
     @property
+    def has_min(self) -> bool:
+        return False
+
+    @property
+    def min_storage(self) -> str:
+        """Type of the minimum."""
+        return self.storage
+
+    @property
     def signed_scale(self) -> bool:
         return False
 
+    def grid(self, stored: Params) -> Params:
+        """`scale` (and `zero` or `min`) per group, from parameters as stored."""
+        return stored
+
+    def round(self, ratio: Float[Array, "*s"]) -> Float[Array, "*s"]:
+        """The nearest level of a grid without ends, for weights in units of the scale."""
+        return jnp.round(ratio)
+
     def fit(self, w_OGK: Float[Array, "O G K"]) -> Params:
-        """Unrounded `scale` (and `zero`), `[O, G]` or `[1, 1]`."""
+        """Unrounded `scale` (and `zero` or `min`), `[O, G]` or `[1, 1]`."""
         raise TypeError(f"{self.name} has no fit")
 
     @property
     def searched(self) -> bool:
         """Whether `init` searches a shrink factor of the fitted scale for the least squared error."""
         return False
+
+    @property
+    def factors(self) -> Float[np.ndarray, " n"]:
+        """What a search tries, times the fitted scale."""
+        return SHRINK
 
     # -- groups -----------------------------------------------------------------------------------------------------
 
@@ -114,7 +140,7 @@ class Uniform(Format):
         weight = jnp.ones((), jnp.float32) if stats is None else stats / jnp.maximum(jnp.max(stats), 1e-30)
 
         def step(best: tuple[Array, Array], factor: Array):
-            scale = round_to(params["scale"] * factor, self.storage)
+            scale = self.stored_scale(params["scale"] * factor)
             stored = self.stored({**params, "scale": scale})
             error = w_OI - self.dequantize(self.quantize(w_OI, stored), stored)
             error = self.mean(self.blocks(jnp.square(error) * weight))
@@ -122,15 +148,18 @@ class Uniform(Format):
             return (jnp.where(keep, error, best[0]), jnp.where(keep, scale, best[1])), None
 
         start = (jnp.full(params["scale"].shape, jnp.inf), params["scale"])
-        (_, scale), _ = jax.lax.scan(step, start, jnp.asarray(SHRINK))
+        (_, scale), _ = jax.lax.scan(step, start, jnp.asarray(self.factors))
         return {**params, "scale": scale}
 
     def stored(self, params: Params) -> Params:
-        """`scale` rounded to storage and kept away from 0; `zero` rounded and clipped to the codes."""
+        """`scale` rounded to storage and kept away from 0; `zero` rounded and clipped to the codes; `min` rounded to
+        storage."""
         out = {"scale": self.stored_scale(params["scale"])}
         if self.has_zero:
             lo, hi = self.levels
             out["zero"] = jnp.clip(jnp.round(params["zero"]), lo, hi)
+        if self.has_min:
+            out["min"] = round_to(params["min"], self.min_storage)
         return out
 
     def stored_scale(self, scale: Array) -> Array:
@@ -142,25 +171,30 @@ class Uniform(Format):
 
     def check_values(self, w_OI: Float[Array, "O I"], params: Params) -> None:
         super().check_values(w_OI, params)
-        self.check_range("scale", params["scale"])
+        for what in ("scale", "min"):
+            if what in params:
+                self.check_range(what, params[what], self.min_storage if what == "min" else self.storage)
 
-    def check_range(self, what: str, value: Array, storage: str | None = None) -> None:
-        storage = storage or self.storage
+    def check_range(self, what: str, value: Array, storage: str) -> None:
         top, bound = float(jnp.max(jnp.abs(value))), LARGEST[storage]
         if not top <= bound:
             raise FormatError(f"{self.name}: {what} of magnitude {top:g} (largest in {storage}: {bound:g})")
 
     def quantize(self, w_OI: Float[Array, "O I"], stored: Params) -> Int[Array, "O I"]:
-        codes = jnp.round(w_OI / spread(stored["scale"], w_OI.shape))
+        grid = self.grid(stored)
+        if self.has_min:
+            w_OI = w_OI - spread(grid["min"], w_OI.shape)
+        codes = self.round(w_OI / spread(grid["scale"], w_OI.shape))
         if self.has_zero:
-            codes = codes + spread(stored["zero"], w_OI.shape)
+            codes = codes + spread(grid["zero"], w_OI.shape)
         return jnp.clip(codes, *map(float, self.levels)).astype(jnp.int32)
 
     def dequantize(self, codes_OI: Int[Array, "O I"], stored: Params) -> Float[Array, "O I"]:
-        levels = codes_OI.astype(jnp.float32)
+        grid, levels = self.grid(stored), codes_OI.astype(jnp.float32)
         if self.has_zero:
-            levels = levels - spread(stored["zero"], codes_OI.shape)
-        return levels * spread(stored["scale"], codes_OI.shape)
+            levels = levels - spread(grid["zero"], codes_OI.shape)
+        w_hat_OI = levels * spread(grid["scale"], codes_OI.shape)
+        return w_hat_OI + spread(grid["min"], codes_OI.shape) if self.has_min else w_hat_OI
 
     def integers(self, codes_OI: Int[Array, "O I"], stored: Params) -> tuple[Array, Array] | None:
         if self.has_zero or set(stored) != {"scale"} or isinstance(self.granularity, int):
@@ -172,12 +206,16 @@ class Uniform(Format):
         arrays = {"codes": self.pack_codes(codes_OI), "scale": stored["scale"].astype(STORAGE[self.storage])}
         if self.has_zero:
             arrays["zero"] = pack(stored["zero"].astype(jnp.int32), self.bits)
+        if self.has_min:
+            arrays["min"] = stored["min"].astype(STORAGE[self.min_storage])
         return arrays
 
     def unpack(self, arrays: Mapping[str, Array], shape: tuple[int, int]) -> tuple[Int[Array, "O I"], Params]:
         stored = {"scale": arrays["scale"].astype(jnp.float32)}
         if self.has_zero:
             stored["zero"] = unpack(arrays["zero"], self.bits, arrays["scale"].shape[-1]).astype(jnp.float32)
+        if self.has_min:
+            stored["min"] = arrays["min"].astype(jnp.float32)
         return self.unpack_codes(arrays["codes"], shape), stored
 
     def pack_codes(self, codes_OI: Int[Array, "O I"]) -> Array:
@@ -187,26 +225,28 @@ class Uniform(Format):
         return unpack(packed, self.bits, shape[1]) + self.levels[0]
 
     def vjp(self, w_OI: Float[Array, "O I"], params: Params, g_OI: Float[Array, "O I"]) -> tuple[Array, Params]:
-        stored = self.stored(params)
-        scale = spread(stored["scale"], w_OI.shape)
-        zero = spread(stored["zero"], w_OI.shape) if self.has_zero else 0.0
+        scale, zero, low = self._spread(self.grid(stored := self.stored(params)), w_OI.shape)
         level = self.quantize(w_OI, stored).astype(jnp.float32) - zero
         end = 1.5 if self.clip == "paretoq-compat" else 1.0
         gw, gs, out = uniform_gradients(
-            w_OI, scale, zero, self.levels, self.clip, g_OI, level=level, within=self.within, end=end
+            w_OI, scale, zero, self.levels, self.clip, g_OI, low, level=level, within=self.within, end=end
         )
-        grads = {"scale": self.reduce(jnp.add, self.blocks(gs)) * self.grad_factor(w_OI.shape)}
-        if self.has_zero:
-            grads["zero"] = self.reduce(jnp.add, self.blocks(-scale * out)) * self.grad_factor(w_OI.shape)
-        return gw, grads
+        each = (
+            {"scale": gs} | ({"zero": -scale * out} if self.has_zero else {}) | ({"min": out} if self.has_min else {})
+        )
+        factor = self.grad_factor(w_OI.shape)
+        return gw, {k: self.reduce(jnp.add, self.blocks(g)) * factor for k, g in each.items()}
 
     def passes(self, w_OI: Float[Array, "O I"], stored: Params) -> Bool[Array, "O I"]:
-        scale, zero, low = (spread(stored[k], w_OI.shape) if k in stored else 0.0 for k in ("scale", "zero", "min"))
+        scale, zero, low = self._spread(self.grid(stored), w_OI.shape)
         return self.within(w_OI, (w_OI - low) / scale, zero, self.levels, self.clip)
 
     def within(self, w: Array, ratio: Array, zero: Any, levels: Levels, clip: Clip) -> Bool[Array, "..."]:
         """`fake_quant.inside` as this grid reads it."""
-        return inside(w, ratio, zero, levels, clip)
+        return inside(w, ratio, zero, levels, clip, self.round)
+
+    def _spread(self, grid: Params, shape: tuple[int, ...]) -> list[Any]:
+        return [spread(grid[k], shape) if k in grid else 0.0 for k in ("scale", "zero", "min")]
 
     def grad_factor(self, shape: tuple[int, ...]) -> float:
         """LSQ's `g = 1 / sqrt(N * Qp)`, N the weights of the layer, under the `lsq` policy and `paretoq`, for which Qp
@@ -218,11 +258,10 @@ class Uniform(Format):
 
     def affine(self, q: QTensor) -> Affine:
         codes, stored = unpacked(q)
-        group = self.group(q.shape)
+        grid, group = self.grid(stored), self.group(q.shape)
         full = (q.shape[0], q.shape[1] // group)
-        scale = np.broadcast_to(np.asarray(stored["scale"]), full)
-        zero = np.broadcast_to(np.asarray(stored["zero"]), full) if self.has_zero else np.zeros(full, np.float32)
-        return Affine(np.asarray(codes), scale, zero, np.zeros(full, np.float32), group)
+        scale, zero, low = (np.broadcast_to(np.asarray(grid.get(k, 0.0), "f4"), full) for k in ("scale", "zero", "min"))
+        return Affine(np.asarray(codes), scale, zero, low, group)
 
     def _keys(self) -> list[str]:
         """The keys of the canonical name that every uniform format shares, after its granularity and calibration."""
@@ -392,6 +431,14 @@ class Offset(Uniform):
     least: str = "fp16"  # type of the minimum
 
     @property
+    def has_min(self) -> bool:
+        return True
+
+    @property
+    def min_storage(self) -> str:
+        return self.least
+
+    @property
     def name(self) -> str:
         group = f"g{self.granularity}" if isinstance(self.granularity, int) else self.granularity
         return ":".join([f"int{self.width}", group, "min" if self.least == "fp16" else "min32", *self._keys()])
@@ -409,39 +456,6 @@ class Offset(Uniform):
         span = self.reduce(jnp.maximum, w_OGK) - low
         return {"scale": span * np.float32(1 / self.levels[1]), "min": round_to(low, self.least)}
 
-    def stored(self, params: Params) -> Params:
-        return {"scale": self.stored_scale(params["scale"]), "min": round_to(params["min"], self.least)}
-
-    def check_values(self, w_OI: Float[Array, "O I"], params: Params) -> None:
-        super().check_values(w_OI, params)
-        self.check_range("min", params["min"], self.least)
-
-    def quantize(self, w_OI: Float[Array, "O I"], stored: Params) -> Int[Array, "O I"]:
-        return super().quantize(w_OI - spread(stored["min"], w_OI.shape), stored)
-
-    def dequantize(self, codes_OI: Int[Array, "O I"], stored: Params) -> Float[Array, "O I"]:
-        return super().dequantize(codes_OI, stored) + spread(stored["min"], codes_OI.shape)
-
-    def pack(self, codes_OI: Int[Array, "O I"], stored: Params) -> dict[str, Array]:
-        return {**super().pack(codes_OI, stored), "min": stored["min"].astype(STORAGE[self.least])}
-
-    def unpack(self, arrays: Mapping[str, Array], shape: tuple[int, int]) -> tuple[Int[Array, "O I"], Params]:
-        codes, stored = super().unpack(arrays, shape)
-        return codes, {**stored, "min": arrays["min"].astype(jnp.float32)}
-
-    def vjp(self, w_OI: Float[Array, "O I"], params: Params, g_OI: Float[Array, "O I"]) -> tuple[Array, Params]:
-        stored = self.stored(params)
-        scale, low = (spread(stored[k], w_OI.shape) for k in ("scale", "min"))
-        gw, gs, out = uniform_gradients(w_OI, scale, 0.0, self.levels, self.clip, g_OI, low)
-        factor = self.grad_factor(w_OI.shape)
-        sums = {k: self.reduce(jnp.add, self.blocks(g)) * factor for k, g in (("scale", gs), ("min", out))}
-        return gw, sums
-
-    def affine(self, q: QTensor) -> Affine:
-        found = super().affine(q)
-        low = np.asarray(q.arrays["min"].astype(jnp.float32))
-        return dataclasses.replace(found, offset=np.broadcast_to(low, found.scale.shape))
-
 
 # -- names ------------------------------------------------------------------------------------------------------------
 
@@ -456,6 +470,7 @@ _KINDS = {
     "compat": r"paretoq-compat",
     "storage": r"f32|fp16|bf16",
     "search": r"mse",
+    "range": r"absmax",
 }
 _ALONE = ("asym", "midrise", "centered", "f32", "bf16")  # keys that an offset excludes
 _SAMPLES = {
@@ -469,6 +484,7 @@ _SAMPLES = {
     "compat": ["paretoq-compat"],
     "storage": ["f32", "fp16", "bf16"],
     "search": ["mse"],
+    "range": ["absmax"],
 }
 
 

@@ -159,6 +159,7 @@ def _solve(
     O, I = w_OI.shape
     t = fmt.tile[1]
     params = None if refit else fmt.fit_block(w_OI, importance_I)
+    kept = None if refit else fmt.stored(params)
     w_IO = rearrange(w_OI, "o i -> i o")[order_I]
     chunk = width * _divisor(I // width, max(1, 512 // width))  # of the columns so far, so that none to come are read
 
@@ -182,6 +183,7 @@ def _solve(
         far_WO = jax.lax.fori_loop(0, (start + chunk - 1) // chunk, add, jnp.zeros((width, O), jnp.float32))
         now_WO = w_WO + jnp.einsum("vw,vo->wo", U_WW, far_WO, precision=HIGHEST)
         own = fmt.fit_block(rearrange(now_WO, "w o -> o w"), weight_W) if refit else params
+        stored = fmt.stored(own) if refit else kept  # a tile has less than what shares a parameter in k-quants
 
         def one_tile(k: Array, state: tuple[Array, Array, Array, Array]) -> tuple[Array, Array, Array, Array]:
             e_WO, codes_WO, hats_WO, loss_O = state
@@ -189,7 +191,7 @@ def _solve(
             near_tO = jnp.einsum("wt,wo->to", F_Wt, e_WO, precision=HIGHEST)
             w_tO = jax.lax.dynamic_slice_in_dim(now_WO, k * t, t) - near_tO
             column = k * t if refit else columns_W[k * t]
-            at = _params_at(own, column, width if refit else I)
+            at = _params_at(stored, column, width if refit else I)
             code_tO, hat_tO = (rearrange(a, "o t -> t o") for a in fmt.round_block(rearrange(w_tO, "t o -> o t"), at))
             e_tO = w_tO - hat_tO
             loss_O += jnp.sum(jnp.square(jnp.einsum("to,ts->so", e_tO, R_ktt[k], precision=HIGHEST)), axis=0)
@@ -214,7 +216,7 @@ def _solve(
 
 
 def _params_at(params: Params, column: Any, span: int) -> Params:
-    """The parameters of the tile at `column` of a span: an array `[R, P]` holds P of them for equal parts of it."""
+    """Those (stored) of the tile at `column` of a span: an array `[R, P]` holds P of them for equal parts of it."""
     return {k: jax.lax.dynamic_slice_in_dim(a, column * a.shape[1] // span, 1, axis=1) for k, a in params.items()}
 
 

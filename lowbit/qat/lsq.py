@@ -18,7 +18,8 @@ import jax.numpy as jnp
 
 from lowbit.errors import InputError
 from lowbit.formats.base import Format, Params
-from lowbit.formats.integer import Integer, Offset, Uniform
+from lowbit.formats.integer import Integer, Uniform
+from lowbit.formats.mx import MXFP4
 from lowbit.qat.base import register_start
 
 DEFAULTS = {"scale_lr": 0.1}
@@ -27,7 +28,7 @@ DEFAULTS = {"scale_lr": 0.1}
 def start(fmt: Format, w: jax.Array, plus: bool = False) -> tuple[Format, Params]:
     """See the module. Raises `InputError` for a format with a zero point, a minimum or no level at 0."""
     odd = isinstance(fmt, Integer) and fmt.odd
-    if not isinstance(fmt, Uniform) or fmt.has_zero or odd or isinstance(fmt, Offset):
+    if not isinstance(fmt, Uniform) or fmt.has_zero or odd or fmt.has_min or isinstance(fmt, MXFP4):
         name = "lsq+" if plus else "lsq"
         use = "paretoq for int1 and mid-rise grids" if odd else "ste-learned for others"
         raise InputError(f"format {fmt.name!r} with recipe {name} (allowed: symmetric levels with a 0; {use})")

@@ -29,7 +29,9 @@ from lowbit.errors import InputError
 from lowbit.formats.base import Format, Latent, Params
 from lowbit.formats.dorefa import DoReFa
 from lowbit.formats.fake_quant import PreparedInput
-from lowbit.formats.integer import Integer, Offset, Uniform, spread
+from lowbit.formats.ggml import GGML
+from lowbit.formats.integer import Integer, spread
+from lowbit.formats.ternary import Ternary
 from lowbit.qat import latents
 from lowbit.qat.base import Recipe, register_family
 from lowbit.qat.latents import Assignment, Stored
@@ -119,7 +121,7 @@ def prepare(params: Tree, assignment: Assignment, *, stored: Stored | None = Non
 
 def start(fmt: Format, w: jax.Array, kind: str = "parq") -> tuple[Format, Params]:
     """See the module. Raises `InputError`."""
-    known = isinstance(fmt, Uniform) and not isinstance(fmt, Offset | DoReFa)
+    known = isinstance(fmt, Integer | Ternary | GGML) and not (fmt.has_min or isinstance(fmt, DoReFa))
     if kind == "parq" and not known:
         raise InputError(
             f"format {fmt.name!r} with recipe parq (allowed: levels times a scale, or recipe binary-relax)"

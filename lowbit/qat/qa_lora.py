@@ -24,7 +24,8 @@ from lowbit.errors import InputError
 from lowbit.formats.adapter import Adapter, check
 from lowbit.formats.base import Format, QTensor
 from lowbit.formats.floats import STORAGE, round_to
-from lowbit.formats.integer import Offset
+from lowbit.formats.integer import Uniform
+from lowbit.formats.kquant import KQuant
 from lowbit.qat.adapters import DEFAULT, Options, base_of, parse, random_a, replace
 from lowbit.qat.adapters import prepare as put
 from lowbit.qat.base import Recipe, register_family
@@ -42,15 +43,20 @@ def prepare(
 
 def start(options: Options, path: str, w: Any, fmt: Format) -> Adapter:
     """The adapter of one weight."""
-    if not isinstance(fmt, Offset) or fmt.granularity == "tensor":
+    if not has_float_minimum(fmt) or fmt.granularity == "tensor":
         raise InputError(
             f"qa-lora: format {fmt.name!r} of {path} has no float minimum for each group of a row "
-            "(allowed: q4_1, intN:gG:min, intN:gG:min32)"
+            "(allowed: q4_1, q5_1, intN:gG:min, intN:gG:min32)"
         )
     pool = fmt.group(w.shape)
     check(path, w.shape, options.rank, pool)
     a = random_a(path, options.rank, w.shape[1], pool, options.seed)
     return Adapter(base_of(w, fmt), a, jnp.zeros((w.shape[0], options.rank)), options.scaling, pool)
+
+
+def has_float_minimum(fmt: Any) -> bool:
+    """Whether a format keeps a float minimum for each group (a k-quant's is a small integer times another scale)."""
+    return isinstance(fmt, Uniform) and fmt.has_min and not isinstance(fmt, KQuant)
 
 
 def convert(params: Tree) -> Tree:
@@ -62,15 +68,15 @@ def convert(params: Tree) -> Tree:
 def merge(path: str, leaf: Adapter) -> QTensor:
     """One weight with its adapter in its minima."""
     q = leaf.w
-    if not isinstance(q, QTensor) or not isinstance(q.format, Offset) or leaf.pool != q.format.group(q.shape):
+    if not isinstance(q, QTensor) or not has_float_minimum(q.format) or leaf.pool != q.format.group(q.shape):
         held = q.format.name if isinstance(q, QTensor) else type(q).__name__
         raise InputError(f"adapter of {path} over {held} does not merge into minima (allowed: those of qa-lora)")
     least = q.arrays["min"].astype(jnp.float32) + leaf.delta()
     try:
-        q.format.check_range("min", least, q.format.least)
+        q.format.check_range("min", least, q.format.min_storage)
     except InputError as e:
         raise InputError(f"{path}: {e}") from e
-    stored = round_to(least, q.format.least).astype(STORAGE[q.format.least])
+    stored = round_to(least, q.format.min_storage).astype(STORAGE[q.format.min_storage])
     return dataclasses.replace(q, arrays={**q.arrays, "min": stored})
 
 

@@ -19,10 +19,12 @@ from lowbit.export import gguf_types, translate
 from lowbit.formats import base
 from lowbit.formats.activation import get_act
 from lowbit.formats.base import FormatError, Latent, QTensor
+from lowbit.formats.dorefa import DoReFa
 from lowbit.formats.fake_quant import PreparedInput
 from lowbit.formats.floats import FloatFormat
 from lowbit.formats.ggml import GGML
 from lowbit.formats.integer import Integer, Uniform
+from lowbit.formats.mx import MXFP4
 from lowbit.formats.normal_float import NormalFloat
 from lowbit.formats.ternary import Ternary
 from lowbit.kernels.qdot import qdot
@@ -33,11 +35,11 @@ X = np.random.default_rng(1).standard_normal((3, SHAPE[1])).astype(np.float32)
 # Formats that add no pair of choices to the others run with `-m slow` only.
 SPARE = """f32 int1:channel:paretoq ternary:channel:paretoq-compat
 int2:g64 int2:g64:mse int3:g64 ternary:channel ternary:g64:lsq ternary:tensor:f32 q4_0:mse:lsq
-q2_0:mse nf2 nf4""".split()
+q2_0:mse q5_0:mse:clip q2_k q2_k:absmax:lsq q3_k q4_k:lsq q5_k q5_k:absmax:rounded q6_k mxfp4:lsq nf2 nf4""".split()
 # The laws that compile large programs run over one format of each code path by default.
 MOST = """bf16 int1:g64 int2:g64:midrise:mse:paretoq ternary:channel:paretoq
 int2:tensor:asym:mse int3:g64:asym:rounded int4:g64 int4:g64:clip:bf16 ternary:tensor
-q4_0 q4_1 tq1_0 nf4:dq""".split()
+q4_0 q4_1 tq1_0 q4_k q6_k:absmax:fixed2 mxfp4:mse:clip nf4:dq""".split()
 REST = [n for n in NAMES if n not in MOST]
 
 
@@ -48,7 +50,8 @@ def over(names: list[str], slow: list[str]) -> pytest.MarkDecorator:
 
 
 every, most = over(NAMES, SPARE), over(NAMES, REST)
-uniform = over([n for n in NAMES if isinstance(base.get(n), Uniform)], SPARE)
+# DoReFa's gradient goes through tanh: tests/qat/test_recipes.py.
+uniform = over([n for n in NAMES if isinstance(base.get(n), Uniform) and not isinstance(base.get(n), DoReFa)], SPARE)
 
 
 @functools.cache
@@ -70,7 +73,7 @@ def by_operation(fmt: base.Format, w: jax.Array, params: base.Params) -> tuple[d
 
 
 def test_names_are_canonical_and_parse_back():
-    assert len(set(NAMES)) == len(NAMES) > 30
+    assert len(set(NAMES)) == len(NAMES) > 50
     for name in NAMES:
         fmt = base.get(name)
         assert fmt.name == name and base.get(f" {name.upper()} ") == fmt and hash(base.get(name)) == hash(fmt)
@@ -99,6 +102,8 @@ def test_integer_examples_cover_every_pair():
         ("q4_0:lsq:mse", "q4_0:mse:lsq"),
         ("int2:midrise:paretoq", "int2:channel:midrise:paretoq"),
         ("ternary:paretoq-compat", "ternary:tensor:paretoq-compat"),
+        ("q4_k:clip:absmax", "q4_k:absmax:clip"),
+        ("mxfp4:fixed1:mse", "mxfp4:mse:fixed1"),
     ],
 )
 def test_other_spellings(spelled: str, canonical: str):
@@ -235,6 +240,14 @@ def test_size_law(name: str):
         ("nf3:g32", 4),
         ("nf2", 2.5),
         ("nf4:dq", 4 + (8 + 32 / 8) / 64 + 32 / 4096),  # 8 rows: a step for as many absmax, an offset for all
+        ("q5_0", 5.5),
+        ("q5_1", 6),
+        ("q2_k", 84 * 8 / 256),
+        ("q3_k", 110 * 8 / 256),
+        ("q4_k", 144 * 8 / 256),
+        ("q5_k", 176 * 8 / 256),
+        ("q6_k", 210 * 8 / 256),
+        ("mxfp4", 17 * 8 / 32),
     ],
 )
 def test_declared_bits(name: str, bits: float):
@@ -245,10 +258,21 @@ def test_declared_bits(name: str, bits: float):
 # -- law 4: gradients -------------------------------------------------------------------------------------------------
 
 
-def published(fmt: Uniform, w: np.ndarray, stored: dict[str, np.ndarray], g: np.ndarray) -> dict[str, np.ndarray]:
+def nearest(fmt: Uniform, u: np.ndarray) -> np.ndarray:
+    """The level next to each weight on the grid without ends, half to even."""
+    if not isinstance(fmt, MXFP4):
+        return np.rint(u)
+    levels = np.array([0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 1e9])
+    at = np.searchsorted(levels, np.abs(u), side="right") - 1
+    below, above = levels[at], levels[at + 1]
+    up = np.abs(u) - below - (above - np.abs(u))
+    return np.sign(u) * np.where((up > 0) | ((up == 0) & (at % 2 == 1)), above, below)
+
+
+def published(fmt: Uniform, w: np.ndarray, grid: dict[str, np.ndarray], g: np.ndarray) -> dict[str, np.ndarray]:
     """Cotangents of w and of every parameter in float64, per element, written from the papers' formulas."""
     lo, hi = fmt.levels
-    wide = {k: np.repeat(np.asarray(v, np.float64), w.shape[1] // v.shape[1], axis=1) for k, v in stored.items()}
+    wide = {k: np.repeat(np.asarray(v, np.float64), w.shape[1] // v.shape[1], axis=1) for k, v in grid.items()}
     s, z, m = wide["scale"], wide.get("zero", 0.0), wide.get("min", 0.0)
     u = (w.astype(np.float64) - m) / s
     n = w.size
@@ -259,7 +283,10 @@ def published(fmt: Uniform, w: np.ndarray, stored: dict[str, np.ndarray], g: np.
         factor = 1 / np.sqrt(n * {3: 3, 4: 7}.get(fmt.bits, 1))
     if isinstance(fmt, Integer) and fmt.signs:
         mask = np.ones(w.shape, bool) if fmt.clip == "none" else np.abs(u) <= 1
-        return {"w": np.where(mask, g, 0), "scale": factor * g * np.where(w >= 0, 1, -1)}
+        return {
+            "w": np.where(mask, g, 0),
+            "scale": factor * g * np.where(w >= (w.mean(dtype="f8") if fmt.centered else 0), 1, -1),
+        }
     if isinstance(fmt, Integer) and fmt.midrise:
         # In ParetoQ's terms: alpha = 2^b s, level = (rne(clip(w/alpha) 2^(b-1) - 1/2) + 1/2) / 2^(b-1).
         top = (hi + 1) * {"paretoq": 0.99, "lsq": hi / (hi + 1), "inclusive": hi / (hi + 1)}.get(fmt.clip, 1.0)
@@ -270,7 +297,7 @@ def published(fmt: Uniform, w: np.ndarray, stored: dict[str, np.ndarray], g: np.
     if isinstance(fmt, Ternary) and paretoq:
         mask, end = np.abs(u) <= 1.485, 1.5 if fmt.clip == "paretoq-compat" else 1.0
         return {"w": np.where(mask, g, 0), "scale": factor * g * np.where(mask, np.rint(u) - u, end * np.sign(u))}
-    r = np.rint(u) + z
+    r = nearest(fmt, u) + z
     masks = {
         "inclusive": (u + z >= lo) & (u + z <= hi),
         "paretoq": (u + z >= lo) & (u + z <= hi),
@@ -284,7 +311,7 @@ def published(fmt: Uniform, w: np.ndarray, stored: dict[str, np.ndarray], g: np.
     end = np.where(r > hi, hi, np.where(r < lo, lo, np.where(u + z >= hi, hi, lo))) - z  # the level of what is outside
     return {
         "w": np.where(passes, g, 0),
-        "scale": factor * g * np.where(on_grid, np.rint(u) - u, end),
+        "scale": factor * g * np.where(on_grid, nearest(fmt, u) - u, end),
         "zero": factor * g * np.where(on_grid, 0, -s),
         "min": factor * g * np.where(on_grid, 0, 1),
     }
@@ -311,13 +338,13 @@ def test_gradient_law(name: str):
     @jax.jit
     def run(w, params):
         value, pull = jax.vjp(fmt.fake_quant, w, params)
-        return value, *pull(jnp.asarray(g)), fmt.stored(params)
+        return value, *pull(jnp.asarray(g)), fmt.grid(fmt.stored(params))
 
     normal = jnp.asarray(W["normal"])
     for w, params in (gradient_weights(fmt), (normal, base._init(fmt, normal))):
-        value, gw, gp, stored = run(w, params)
+        value, gw, gp, grid = run(w, params)
         assert same_bits(value, fmt.encode(w, params).decode())
-        want = published(fmt, np.asarray(w), {k: np.asarray(v) for k, v in stored.items()}, g)
+        want = published(fmt, np.asarray(w), {k: np.asarray(v) for k, v in grid.items()}, g)
         np.testing.assert_array_equal(gw, want["w"].astype(np.float32))
         assert (g != 0).all() and np.count_nonzero(gw) == round(fmt.gradient_fraction(w, params) * w.size)
         assert gp.keys() == params.keys()
@@ -338,7 +365,7 @@ def test_gradient_of_floats_is_the_identity(name: str):
 
 
 SURROGATES = """int4:g64 int3:tensor:lsq int4:g64:asym ternary:channel ternary:channel:paretoq
-int2:g64:midrise:paretoq q4_1 q2_0""".split()
+int2:g64:midrise:paretoq q4_1 q2_0 q4_k:absmax q6_k:absmax:fixed2 mxfp4""".split()
 
 
 @pytest.mark.parametrize("name", SURROGATES)
@@ -346,8 +373,9 @@ def test_scale_gradient_is_the_derivative_of_the_surrogate(name: str):
     """Straight-through replaces rne(v) by v plus a constant; its derivative by finite differences in float64."""
     fmt, w = base.get(name), W["normal"].astype(np.float64)
     params = {k: np.asarray(v, np.float64) for k, v in fmt.init(jnp.asarray(W["normal"])).items()}
-    params["scale"] = params["scale"] * 0.9
-    stored = {k: np.asarray(v, np.float64) for k, v in fmt.stored(jax.tree.map(jnp.float32, params)).items()}
+    params["scale"] = params["scale"] * (0.5 if isinstance(fmt, MXFP4) else 0.9)
+    grid = fmt.grid(fmt.stored(jax.tree.map(jnp.float32, params)))
+    stored = {k: np.asarray(v, np.float64) for k, v in grid.items()}
     lo, hi = fmt.levels
     group = fmt.group(SHAPE)
 
@@ -358,17 +386,17 @@ def test_scale_gradient_is_the_derivative_of_the_surrogate(name: str):
     s0, z0, m0 = parts(stored)
     u = (w - m0) / s0
     # Which branch of the clip an element is on: (value to compare, its bound at either end).
-    at, low, high = (u + z0 if fmt.clip == "lsq" else np.rint(u) + z0), lo, hi
-    nearest = np.rint(u)
+    level0 = nearest(fmt, u)
+    at, low, high = (u + z0 if fmt.clip == "lsq" else level0 + z0), lo, hi
     if fmt.clip == "paretoq":
         bound = 1.485 if fmt.levels == (-1, 1) else 0.99 * (hi + 1)
         at, low, high = u, -bound, bound
-        nearest = np.rint(u) if fmt.levels == (-1, 1) else np.clip(2 * np.rint(u / 2 - 0.5) + 1, lo, hi)
+        level0 = np.rint(u) if fmt.levels == (-1, 1) else np.clip(2 * np.rint(u / 2 - 0.5) + 1, lo, hi)
     assert np.abs(u + z0 - low).min() > 1e-6 and np.abs(u + z0 - high).min() > 1e-6
 
     def surrogate(p) -> np.ndarray:
         s, z, m = parts(p)
-        level = np.where(at < low, lo, np.where(at > high, hi, (w - m) / s + (nearest - u) + z))
+        level = np.where(at < low, lo, np.where(at > high, hi, (w - m) / s + (level0 - u) + z))
         return (level - z) * s + m
 
     g = np.random.default_rng(4).standard_normal(SHAPE)
@@ -424,7 +452,12 @@ def test_kernel_law_shapes_and_dtypes():
     np.testing.assert_allclose(qdot(x, PreparedInput(q, act)), want, rtol=1e-4, atol=1e-5)
 
 
-@over(NAMES, sorted({*NAMES} - {"int1:g64", "int3:g64:asym:rounded", "int4:g64", "ternary:tensor", "q4_1", "tq1_0"}))
+@over(
+    NAMES,
+    sorted(
+        {*NAMES} - {"int1:g64", "int3:g64:asym:rounded", "int4:g64", "ternary:tensor", "q4_1", "tq1_0", "q4_k", "mxfp4"}
+    ),
+)
 def test_decode_fused_into_a_reduction_is_not_miscompiled(name: str):
     """XLA:CPU gets int8 arithmetic wrong when fused with a multiply and a reduce; codes must not meet it."""
     fmt = base.get(name)
@@ -513,7 +546,9 @@ def test_mesh(names: list[str]):
     [
         ("int9", r"unknown format 'int9'; did you mean 'int\d.*'\? \(allowed: .*int8.*"),
         ("itn4:g64", r"unknown format 'itn4:g64'"),
-        ("q4_k", r"unknown format 'q4_k'; did you mean 'q\d_\d.*'"),
+        ("q4_k_m", r"unknown format 'q4_k_m'; did you mean 'q4_k'"),
+        ("q4_k:mse", r"unknown key of q4_k 'mse' \(allowed: absmax, clip, .*"),
+        ("mxfp4:g32", r"unknown key of mxfp4 'g32'"),
         ("int4:g0", r"unknown key of int4 'g0' .allowed: absmax, asym"),
         ("int4:g-3", r"unknown key of int4 'g-3'"),
         ("int4:", r"unknown key of int4 ''"),
@@ -525,7 +560,7 @@ def test_mesh(names: list[str]):
         ("int4:asym:absmax", r"calibration 'absmax' of asymmetric int4 \(allowed: minmax, mse\)"),
         ("ternary:asym", r"unknown key of ternary 'asym'"),
         ("q4_0:g64", r"unknown key of q4_0 'g64'"),
-        ("q4_1:mse", r"unknown key of q4_1 'mse'"),
+        ("q4_1:absmax", r"unknown key of q4_1 'absmax'"),
         ("nf4:mse", r"unknown key of nf4 'mse' \(allowed: dq, g64\)"),
         ("nf4:g32:g64", r"nf4: key 'g64' gives a second block"),
         ("nf5", r"unknown format 'nf5'; did you mean 'nf\d'"),
@@ -541,7 +576,7 @@ def test_unknown_names_are_refused(name: str, message: str):
 @uniform
 def test_rows_that_do_not_divide_are_refused(name: str):
     fmt = base.get(name)
-    group = fmt.group((4, 100))
+    group = fmt.params_span((4, 100))
     if 100 % group == 0:
         assert jax.eval_shape(fmt.encode, jnp.ones((4, 100))).shape == (4, 100)
         return
@@ -559,7 +594,9 @@ def test_nan_and_infinity_are_refused(name: str, bad: float):
         base.get(name).encode(jnp.asarray(w))
 
 
-@pytest.mark.parametrize("name", ["int4:g64", "int1:g64", "ternary:tensor", "q8_0", "q4_0", "q4_1", "tq2_0"])
+@pytest.mark.parametrize(
+    "name", ["int4:g64", "int1:g64", "ternary:tensor", "q8_0", "q4_0", "q4_1", "tq2_0", "q4_k", "q2_k:absmax"]
+)
 def test_scale_overflow_is_refused(name: str):
     with pytest.raises(FormatError, match=rf"{name}: (scale|min) of magnitude .* \(largest in fp16: 65504\)"):
         base.get(name).encode(jnp.asarray(W["normal"] * 1e9))
@@ -569,8 +606,9 @@ def test_scale_overflow_is_refused(name: str):
 def test_scales_never_underflow(name: str):
     for what in ("tiny", "zeros"):
         q = encoded(name, what)
-        assert (np.abs(np.asarray(q.arrays["scale"], np.float32)) >= 5.9e-8).all() or "f32" in name or "bf16" in name
-        assert (np.asarray(q.arrays["scale"], np.float32) != 0).all()
+        scale = q.format.grid(base.unpacked(q)[1])["scale"]
+        least = 2.0**-100 if "f32" in name or "bf16" in name or "mxfp4" in name else 2.0**-24
+        assert (np.abs(np.asarray(scale)) >= least).all()
 
 
 # -- distortion -------------------------------------------------------------------------------------------------------
@@ -591,7 +629,20 @@ def normal_distortion(levels: np.ndarray, scale: float) -> float:
         ("q8_0", 0.0054),  # RMSE of ggml's own quantizers on 64 x 4096 N(0, 1)
         ("q4_0", 0.0862),
         ("q4_1", 0.0784),
-        ("q4_0:mse", 0.0819),  # ggml with importance 1
+        # ggml with importance 1: ours may be better, not worse.
+        ("q4_0:mse", 0.0819),
+        ("q4_1:mse", 0.0701),
+        ("q5_0", 0.0429),
+        ("q5_0:mse", 0.0406),
+        ("q5_1", 0.0380),
+        ("q5_1:mse", 0.0339),
+        ("q2_k", 0.2687),
+        ("q3_k", 0.1448),
+        ("q4_k", 0.0710),
+        ("q5_k", 0.0355),
+        ("q6_k", 0.0174),
+        ("mxfp4", 0.1151),
+        ("mxfp4:mse", 0.1115),  # measured; ggml has no search
         ("int8:g32", 0.0054),
         ("int4:g32:signmax", 0.0862),
         ("tq2_0", None),
@@ -605,7 +656,7 @@ def normal_distortion(levels: np.ndarray, scale: float) -> float:
 def test_distortion_of_normal_weights(name: str, published_rms: float | None):
     w = np.random.default_rng(5).standard_normal((64, 4096)).astype(np.float32)
     fmt = base.get(name)
-    w_hat, scale = jax.jit(lambda w: (fmt.fake_quant(w), fmt.stored(fmt.init(w))["scale"]))(w)
+    w_hat, scale = jax.jit(lambda w: (fmt.fake_quant(w), fmt.grid(fmt.stored(fmt.init(w)))["scale"]))(w)
     got = float(np.sqrt(np.mean((np.asarray(w_hat) - w) ** 2)))
     if published_rms is None:
         lo, hi = fmt.levels
@@ -613,4 +664,4 @@ def test_distortion_of_normal_weights(name: str, published_rms: float | None):
         published_rms = normal_distortion(levels, float(np.mean(np.abs(scale))))
     if name == "int1:tensor":
         assert abs(published_rms - np.sqrt(1 - 2 / np.pi)) < 1e-4
-    assert abs(got / published_rms - 1) < 0.015
+    assert (0.97 if "_k" in name else 0.985) < got / published_rms < 1.01

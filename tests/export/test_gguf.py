@@ -4,6 +4,7 @@ import dataclasses
 import json
 
 import gguf
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from lowbit.models.llama2c import load_llama2c
 from tests.export.small_models import CASES, byte_model, config, model, packed, weights
 from tests.shared import shared_path
 
+TYPES = "Q4_0 Q8_0 Q4_1 Q2_0 TQ1_0 TQ2_0 Q5_0 Q5_1 Q2_K Q3_K Q4_K Q5_K Q6_K MXFP4".split()
 TOKENS = np.random.default_rng(1).integers(0, 258, (1, 48))
 TRICKY = [
     "",
@@ -58,7 +60,10 @@ def test_every_family_round_trips(name, tmp_path):
     np.testing.assert_array_equal(np.asarray(m.logits(TOKENS)), np.asarray(back.logits(TOKENS)))
 
 
-@pytest.mark.parametrize("type", ["Q4_0", "Q8_0", "Q4_1", "Q2_0", "TQ1_0", "TQ2_0"])
+SLOW = ("Q2_K", "Q3_K", "Q5_K", "Q6_K", "Q5_0")  # searches that compile, and layouts that other tests cover
+
+
+@pytest.mark.parametrize("type", [pytest.param(t, marks=[pytest.mark.slow] if t in SLOW else []) for t in TYPES])
 def test_packed_types_keep_codes_and_scales(type, tmp_path):
     m = packed(model(), type.lower())
     report = write_gguf(m, tmp_path / "m.gguf", type)
@@ -121,17 +126,20 @@ def test_a_packed_tied_embedding(tmp_path):
     same_weights(m, read_gguf(tmp_path / "m.gguf"))
 
 
-def test_latents_give_their_trained_codes(tmp_path):
-    m, fmt = model(), get_format("int2:g64")
+@pytest.mark.parametrize("name, type", [("int2:g64", "Q2_0"), ("q4_k:absmax", "Q4_K")])
+def test_latents_give_their_trained_codes(name, type, tmp_path):
+    m, fmt = model(num_layers=1), get_format(name)
+    init = jax.jit(fmt.init)
 
     def latent(path, w):
         if w.ndim == 1 or ".layers." not in path:
             return w
-        params = fmt.init(w)
-        return Latent(w, {k: 1.7 * v for k, v in params.items()}, fmt)  # scales that init would not give
+        params = init(w)
+        noise = np.random.default_rng(0).uniform(0.7, 1.7, w.shape)  # scales that init would not give
+        return Latent(w, {k: v * noise[:, : v.shape[1]].astype("f4") for k, v in params.items()}, fmt)
 
     trained = m.replace(params=trees.map_leaves(latent, m.params))
-    assert set(write_gguf(trained, tmp_path / "m.gguf").types.values()) == {"Q2_0", "F32"}
+    assert set(write_gguf(trained, tmp_path / "m.gguf").types.values()) == {type, "F32"}
     back = read_gguf(tmp_path / "m.gguf")
     for path, leaf in trees.items(trained.params):
         if isinstance(leaf, Latent):
@@ -152,6 +160,10 @@ def test_misfits_are_named_up_front(tmp_path):
     m = model(intermediate_size=344, num_layers=1)
     with pytest.raises(InputError, match=r"model.layers.0.mlp.down_proj \[256, 344\].* no multiple of TQ2_0's block"):
         write_gguf(m, tmp_path / "m.gguf", "TQ2_0")
+    with pytest.raises(InputError, match=r"down_proj \[256, 344\].* no multiple of Q4_K's block of 256 \(allowed: F32"):
+        write_gguf(m, tmp_path / "m.gguf", "Q4_K")
+    with pytest.raises(InputError, match=r"q6_k.* and 11 more tensors: .*sub-blocks of 16 .* \(allowed: Q6_K, F32"):
+        write_gguf(packed(model(), "q6_k:absmax"), tmp_path / "m.gguf", "Q4_K")
     with pytest.raises(InputError, match=r"int4:g64.* and 11 more tensors: .*Q2_0 holds -1..2\) \(allowed: Q4_0"):
         write_gguf(packed(model(), "int4:g64"), tmp_path / "m.gguf", "Q2_0")
     with pytest.raises(InputError, match="override 'nothing' matches no tensor"):

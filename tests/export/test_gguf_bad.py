@@ -80,7 +80,7 @@ def test_unknown_tensor_type(good, tmp_path):
     name = b"blk.0.ffn_up.weight"
     at = good.index(name) + len(name) + 4 + 16
     assert struct.unpack_from("<I", good, at)[0] == 2
-    check(tmp_path, good[:at] + struct.pack("<I", 14) + good[at + 4 :], "ffn_up.weight has GGML type 14")
+    check(tmp_path, good[:at] + struct.pack("<I", 20) + good[at + 4 :], "ffn_up.weight has GGML type 20")
 
 
 def test_nan_weights_and_scales(tmp_path):

@@ -27,7 +27,7 @@ llama_cpp = pytest.importorskip("llama_cpp")
 pytestmark = [pytest.mark.llamacpp, pytest.mark.filterwarnings("ignore")]
 
 FLOAT_KL, QUANTIZED_KL = 1e-4, 2e-3  # nats per token, mean
-TYPES = ["Q8_0", "Q4_0", "Q4_1", "Q2_0", "TQ1_0", "TQ2_0"]
+TYPES = "Q8_0 Q4_0 Q4_1 Q2_0 TQ1_0 TQ2_0 Q5_0 Q5_1 Q2_K Q3_K Q4_K Q5_K Q6_K MXFP4".split()
 GAP = 0.05  # nats between the two likeliest tokens below which a greedy choice may differ
 
 
@@ -100,9 +100,9 @@ def test_a_mixed_file(tmp_path):
 def test_ggml_decodes_our_bytes_to_our_weights(type, tmp_path):
     folder = Path(llama_cpp.__file__).parent / "lib"
     lib = ctypes.CDLL(str(folder / "libggml-base.so"))
-    decode = getattr(lib, f"dequantize_row_{type.lower()}")
+    decode = getattr(lib, "dequantize_row_" + type.lower().replace("_k", "_K"))
     decode.argtypes, decode.restype = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64], None
-    m = packed(model(), type.lower())
+    m = packed(model(), type.lower() + ":absmax" * type.endswith("_K"))
     write_gguf(m, tmp_path / "m.gguf", type)
     f, names, checked = parse(tmp_path / "m.gguf"), tensor_names(m.config), 0
     for path, leaf in trees.items(m.params):

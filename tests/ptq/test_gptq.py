@@ -11,6 +11,7 @@ from einops import rearrange
 from lowbit.errors import InputError
 from lowbit.formats import base as formats
 from lowbit.formats.base import Format
+from lowbit.formats.kquant import KQuant
 from lowbit.ptq import rtn
 from lowbit.ptq.gptq import gptq, quadratic_error
 
@@ -43,14 +44,17 @@ def textbook(w, h, fmt, damping=0.01):
             params = fmt.fit_block(
                 jnp.asarray(now[:, i : i + span], jnp.float32), jnp.asarray(importance[i : i + span])
             )
-        out[:, i] = round_(jnp.asarray(now[:, i : i + 1], jnp.float32), params)[1][:, 0]
+            if isinstance(fmt, KQuant):  # a column has a sub-block's part of what a super-block stores
+                params = {k: np.repeat(a, span // a.shape[1], axis=1) for k, a in fmt.stored(params).items()}
+        at = params if not isinstance(fmt, KQuant) else {k: a[:, i % span][:, None] for k, a in params.items()}
+        out[:, i] = round_(jnp.asarray(now[:, i : i + 1], jnp.float32), at)[1][:, 0]
         now[:, i:] -= np.outer((now[:, i] - out[:, i]) / u[i, i], u[i, i:])
     return out
 
 
 def every_format():
     """All of them; by default the first name of each family, of the integers and the floats a few."""
-    seen = {"int2", "int3", "int5", "int6", "int7", "fp16", "f32"}
+    seen = {"int2", "int3", "int5", "int6", "int7", "fp16", "f32", "q5_0", "q5_1", "q2_k", "q3_k", "q5_k", "q6_k"}
     for name in formats.names():
         family = name.split(":")[0]
         yield pytest.param(name, marks=[pytest.mark.slow] if family in seen else [])
@@ -83,10 +87,12 @@ def test_every_format_in_act_order(name):
     solves(formats.get(name), weight(8, 256), correlated(256), act_order=True)
 
 
-@pytest.mark.parametrize("name", ["int4:g32", "int3:channel", "int3:g32:mse", "q4_1"])
-def test_equals_the_textbook(name):
+@pytest.mark.parametrize(
+    "name, columns", [("int4:g32", 64), ("int3:channel", 64), ("int3:g32:mse", 64), ("q4_1", 64), ("q4_k:absmax", 256)]
+)
+def test_equals_the_textbook(name, columns):
     """Rounding can tip where float32 and float64 differ, so a few codes may; the error may not."""
-    fmt, w, h = formats.get(name), weight(24, 64), correlated(64)
+    fmt, w, h = formats.get(name), weight(24, columns), correlated(columns)
     ours, theirs = gptq(w, h, fmt).w_hat_OI, textbook(w, h, fmt)
     assert np.mean(np.asarray(ours) == theirs) > 0.98
     assert quadratic_error(w, ours, h) == pytest.approx(quadratic_error(w, theirs, h), rel=0.01)

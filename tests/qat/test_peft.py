@@ -373,7 +373,7 @@ def test_the_merge_command(tmp_path, capsys):
     [
         ("qlora:r33", "nf4:g16", r"adapter of .*: rank 33 for 48 x 32 \(allowed: 1 to 32\)"),
         ("qa-lora:r4", "int4:g16:min", r"adapter of .*: rank 4 for 48 x 2 \(allowed: 1 to 2\)"),
-        ("qa-lora:r1", "nf4:g16", r"format 'nf4:g16' of .* has no float minimum .*\(allowed: q4_1, intN:gG:min"),
+        ("qa-lora:r1", "nf4:g16", r"format 'nf4:g16' of .* has no float minimum .*\(allowed: q4_1, q5_1, intN:gG:min"),
         ("qa-lora:r1", "int4:g16:asym", r"format 'int4:g16:asym' of .* has no float minimum"),
         ("qlora:r4:rank8", "nf4:g16", r"unknown key of recipe qlora 'rank8' \(allowed: a16, q\+v, r16, seed0\)"),
         ("qlora:t5", "nf4:g16", r"unknown key of recipe qlora 't5'"),
