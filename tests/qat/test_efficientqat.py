@@ -321,6 +321,7 @@ def test_memory_is_told_beforehand(model):
     assert got["temporaries"] > 0
 
 
+@pytest.mark.slow
 def test_activation_cache_and_kept_weights(model):
     """A plan with inputs, a cache, an embedding and a linear that stays; the recipe goes on with what Block-AP gave."""
     plan = Plan(

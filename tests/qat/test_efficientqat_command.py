@@ -93,6 +93,7 @@ def test_both_phases_stop_and_resume(here, capsys, monkeypatch):
     assert run(capsys, "eval", "whole", *scored)["kl_mean"] > 0
 
 
+@pytest.mark.slow
 def test_scales_of_a_packed_model(here, capsys):
     """The codes of a solver, and the model before it as the teacher."""
     assert main("quantize m --format int2:g8:asym:rounded --out q".split()) == 0
@@ -106,6 +107,7 @@ def test_scales_of_a_packed_model(here, capsys):
     assert out["step"] == 3 and out["loss"] > 0 and "blocks" not in out
 
 
+@pytest.mark.slow
 def test_dry_run_tells_a_block(here, capsys):
     both = run(capsys, *TRAIN, "--recipe", "efficientqat", *BLOCKS, "--out", "dry", "--dry-run")
     assert both["block"]["streams"] == 2 * 4 * 6 * 16 * 16 and both["block"]["optimizer"] > 0
