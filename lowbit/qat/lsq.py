@@ -22,7 +22,7 @@ from lowbit.formats.integer import Integer, Uniform
 from lowbit.formats.mx import MXFP4
 from lowbit.qat.base import register_start
 
-DEFAULTS = {"scale_lr": 0.1}
+DEFAULTS = {"scale_lr": 1.0}  # one rate for weights and steps, as in the papers
 
 
 def start(fmt: Format, w: jax.Array, plus: bool = False) -> tuple[Format, Params]:
