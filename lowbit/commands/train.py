@@ -101,13 +101,16 @@ class Train:
         from lowbit.experiment.tracking import resolve_mode
 
         recipe = qat.get(self.recipe)
-        train = with_recipe(self.train, recipe.defaults)
+        train = with_recipe(self.train, recipe.defaults, command_line)
         if recipe.before is None and self.blocks != BlockOptions():
             raise InputError(f"--blocks options with recipe {self.recipe} (allowed: with block-ap and efficientqat)")
-        if recipe.before is not None and recipe.before.alone and self.teacher_cache is not None:
-            raise InputError(
-                f"--teacher-cache with recipe {self.recipe}, which has no teacher (allowed: other recipes)"
-            )
+        if recipe.before is not None and recipe.before.alone:
+            for flag in ("teacher", "teacher_cache", "eval_text"):
+                if getattr(self, flag) is not None:
+                    flag = flag.replace("_", "-")
+                    raise InputError(f"--{flag} with recipe {self.recipe}, which trains nothing end to end")
+        if self.stages and not recipe.restarts:
+            raise InputError(f"--stages with recipe {self.recipe} (allowed: recipes that train latent weights)")
         plan = with_rules(make_plan(self.format, self.rules), self)
         later = [(step, with_rules(p, self)) for step, p in stage_plans(self.stages, train.steps)]
         resolve_mode(self.tracking)
@@ -120,7 +123,7 @@ class Train:
         if self.teacher_cache is not None and not train.taught:
             raise InputError("--teacher-cache with --loss ce, which has no teacher (allowed: kl, mixed)")
         if self.dry_run:
-            return self.plan(plan, recipe, train)
+            return self.plan(plan, recipe, train, later)
         text = read_text(self.text, self.field)
         documents = [text] if isinstance(text, str) else text
         held_out = None if self.eval_text is None else read_text(self.eval_text, self.field)
@@ -159,13 +162,14 @@ class Train:
         """Tokens of each position that are known of the teacher; None: all, from the teacher itself."""
         return None if self.teacher_cache is None else 64 if self.teacher_top_k is None else self.teacher_top_k
 
-    def plan(self, plan: Any, recipe: Any, train: TrainConfig) -> Result:
+    def plan(self, plan: Any, recipe: Any, train: TrainConfig, later: Sequence[tuple[int, Any]] = ()) -> Result:
         """The dry run."""
         import jax
         import jax.numpy as jnp
 
         from lowbit import plan as plans
         from lowbit.models import cache as caches
+        from lowbit.plan import INPUT
         from lowbit.qat import adapters
         from lowbit.train import memory
         from lowbit.train.objective import language
@@ -177,7 +181,13 @@ class Train:
         config, params = read_abstract(self.model)
         shapes = config.shapes()
         table, assignment = plan.table(shapes, kept_dtypes(params)), plan.resolve(shapes)
-        caches.check(assignment, config)
+        for formats in (assignment, *(p.resolve(shapes) for _, p in later)):
+            caches.check(formats, config)
+        stored = {
+            site.removesuffix(INPUT): {k: jnp.ones(s) for k, s in fmt.array_shapes(1).items()}
+            for site, fmt in assignment.items()
+            if getattr(fmt, "static", False)
+        }
         teacher, target = None, None
         if train.taught:
             teacher, target = (config, params) if self.teacher is None else read_abstract(self.teacher)
@@ -185,7 +195,7 @@ class Train:
         objective = language(config, train, teacher, cached)
 
         def student() -> Any:
-            return recipe.prepare(zeros(params), assignment)
+            return recipe.prepare(zeros(params), assignment, stored=stored)
 
         def frozen() -> Any:
             return zeros(target)
@@ -202,7 +212,7 @@ class Train:
         if recipe.before is not None:
             blocks = block_memory(params, assignment, config, self.blocks, self.blocks.length or self.seq)
         if recipe.before is None or not recipe.before.alone:
-            bytes_ = memory.estimate(student, batch, objective, train, live)
+            bytes_ = memory.estimate(student, batch, objective, train, live, recipe.wrap)
         nbytes, bits, quantized = plans.total(table)
         factors = adapters.parameters(jax.eval_shape(student))
         if recipe.convert is adapters.convert:  # they stay beside the weights, in float32
@@ -246,11 +256,11 @@ def stage_plans(stages: Sequence[str], steps: int) -> list[tuple[int, Any]]:
     return out
 
 
-def with_recipe(train: TrainConfig, defaults: dict[str, Any]) -> TrainConfig:
-    """The recipe's recommended settings, where the user has not chosen others."""
-    return dataclasses.replace(
-        train, **{k: v for k, v in defaults.items() if getattr(train, k) == getattr(DEFAULTS, k)}
-    )
+def with_recipe(train: TrainConfig, defaults: dict[str, Any], words: Sequence[str] = ()) -> TrainConfig:
+    """The recipe's recommended settings, where the user has not chosen others; `words` are those of the command."""
+    given = {w.split("=")[0].removeprefix("--").replace("-", "_") for w in words if w.startswith("--")}
+    own = {k: v for k, v in defaults.items() if k not in given and getattr(train, k) == getattr(DEFAULTS, k)}
+    return dataclasses.replace(train, **own)
 
 
 @dataclasses.dataclass
@@ -268,7 +278,7 @@ class Job:
     documents: list[str]
     held_out: Any = None  # `Windows` of --eval-text
     stored: Any = None  # arrays of static activation formats
-    later: tuple[tuple[int, Any], ...] = ()  # (step, assignment) of the stages
+    later: tuple[tuple[int, Any, Any], ...] = ()  # (step, assignment, stored) of the stages
     block_tokens: Any = None  # rows of tokens of the recipe's work block by block
     known: Any = None  # `Manifest` of --teacher-cache
 
@@ -276,14 +286,14 @@ class Job:
         """Nats per token of what would be written now, computed in float32 as lowbit eval does."""
         from lowbit.evaluate.perplexity import token_scores
 
-        model = self.model.replace(params=as_it_came(params, self.model.params))
+        model = self.model.replace(params=as_it_came(self.recipe.convert(params), self.model.params))
         return float(token_scores(model, self.held_out)["nll"].mean(dtype="float64"))
 
-    def restart(self, assignment: Any, params: Any) -> Any:
+    def restart(self, assignment: Any, stored: Any, params: Any) -> Any:
         """What is trained, in other formats from here on."""
-        from lowbit.qat.latents import masters
+        from lowbit.qat.latents import kept, masters
 
-        return self.recipe.prepare(masters(params), assignment, stored=self.stored)
+        return kept(params, self.recipe.prepare(masters(params), assignment, stored=stored))
 
     def fill(self, rows: Any) -> Any:
         """The teacher cache, with all that this run needs in it; the teacher itself is then let go."""
@@ -362,7 +372,7 @@ class Job:
 
             folder = run.path("blocks")
             return self.recipe.before.run(
-                self.model, self.assignment, self.block_tokens, self.options.blocks, folder, on_block
+                self.model, self.assignment, self.block_tokens, self.options.blocks, folder, on_block, self.stored
             )
 
     def end_to_end(self, run: Any, rows: Any, params: Any, known: Any = None) -> Any:
@@ -402,7 +412,7 @@ class Job:
                 on_resume=on_resume,
                 evaluate=None if self.held_out is None else self.held_out_loss,
                 on_evaluate=on_evaluate,
-                stages=[Stage(step, partial(self.restart, other)) for step, other in self.later],
+                stages=[Stage(step, partial(self.restart, *other)) for step, *other in self.later],
                 wrap=self.recipe.wrap,
             )
 
@@ -479,15 +489,19 @@ def prepare(
                 f"teacher {options.teacher} has another tokenizer than {options.model} (allowed: the same)"
             )
     # Scales of static and learned activation formats start from what their inputs reach on the training text.
-    changes = tuple((step, other.resolve(model.config.shapes())) for step, other in later)
-    read, stored = calibrate.readers_of(model.params), {}
-    for formats in (assignment, *(a for _, a in changes)):
-        own = rtn.ranges(model.config, read, model.tokenizer, formats, documents)
-        if clash := [p for p in own.keys() & stored.keys() if own[p].keys() != stored[p].keys()]:
-            raise InputError(f"stages: the input of {clash[0]} has two static formats (allowed: one, in one stage)")
-        stored |= own
+    read, found = calibrate.readers_of(model.params), []
+    for step, formats in ((0, assignment), *((step, other.resolve(model.config.shapes())) for step, other in later)):
         caches.check(formats, model.config)
+        for site, fmt in formats.items():
+            if "_cache" in site and fmt.tokens > 1:
+                raise InputError(
+                    f"{site}: cache format {fmt.name} in training, whose blocks of {fmt.tokens} tokens would cross "
+                    "documents (allowed: token formats)"
+                )
+        stored = rtn.ranges(model.config, read, model.tokenizer, formats, documents)
         recipe.prepare(model.params, formats, stored=stored)
+        found.append((step, formats, stored))
+    (_, _, stored), *changes = found
     weights = (
         leaf.w if isinstance(leaf, PreparedInput) else leaf for p, leaf in trees.items(model.params) if p in assignment
     )
@@ -512,5 +526,5 @@ def prepare(
         if b.length > most:
             raise InputError(f"--blocks.length is {b.length} (allowed: at most the model's context, {most})")
         block_tokens = tokenize(documents, model.tokenizer, b.rows + b.valid_rows, b.length or options.seq, b.seed)
-    found = (windows, stored, changes, block_tokens, known)
-    return Job(options, model, teacher, recipe, train, assignment, objective, documents, *found)
+    extra = (windows, stored, tuple(changes), block_tokens, known)
+    return Job(options, model, teacher, recipe, train, assignment, objective, documents, *extra)

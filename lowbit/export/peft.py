@@ -8,6 +8,7 @@ its group, which is the same map. The base that they belong to is `base(model)`,
     PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("base"), "adapters")
 """
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,8 @@ def base(model: Model) -> Model:
     """The model without its adapters."""
 
     def one(_: str, leaf: Any) -> Any:
+        if isinstance(leaf, PreparedInput):
+            return dataclasses.replace(leaf, w=one("", leaf.w))
         return bare(leaf) if isinstance(leaf, Adapter) else leaf
 
     return model.replace(params=trees.map_leaves(one, model.params))

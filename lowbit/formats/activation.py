@@ -115,6 +115,11 @@ class ActFormat:
         return ":".join([*keys, *{"none": [], "inclusive": ["clip"]}.get(clip, [clip])])
 
     @property
+    def levels(self) -> tuple[float, float]:
+        """The lowest and the highest code."""
+        return self.grid.levels
+
+    @property
     def bits(self) -> int:
         """Of a code; a dynamic scale adds 32 for every token or group, a zero point the bits of a code."""
         return self.grid.width
@@ -202,7 +207,7 @@ class ActFormat:
             return y
         size = jnp.abs(x)
         least = jax.lax.top_k(size, -(-x.shape[-1] * self.top // 100))[0][..., -1:]
-        return jnp.where(size < least, 0.0, y)  # NaN stays
+        return jnp.where((size < least) & ~jnp.isnan(y), 0.0, y)
 
     def codes(
         self, x: Float[Array, "*batch I"], params: dict[str, Any]

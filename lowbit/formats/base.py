@@ -176,8 +176,8 @@ class Coded:
 
     @classmethod
     def of(cls, q: QTensor) -> Coded:
-        """Of a packed weight. Raises `FormatError` for a format without scales."""
-        if "scale" not in q.arrays:
+        """Of a packed weight. Raises `FormatError` for a format without scales, or whose scales are codes."""
+        if "scale" not in q.arrays or not jnp.issubdtype(q.arrays["scale"].dtype, jnp.floating):
             raise FormatError(f"format {q.format.name!r} has no scales to train (allowed: integer and ternary grids)")
         params = {"scale": q.arrays["scale"].astype(jnp.float32)}
         return cls({k: a for k, a in q.arrays.items() if k not in params}, params, q.format, q.shape, q.dtype)
@@ -185,6 +185,10 @@ class Coded:
     def value(self) -> Float[Array, "O I"]:
         """The weight that the forward pass sees: what `encode` gives, decoded."""
         return _coded_value(self.format, self.shape, self.dtype, self.arrays, self.params)
+
+    def codes(self) -> tuple[Int[Array, "O I"], Params]:
+        """The codes and the parameters as stored; no gradient."""
+        return _coded(self.format, self.shape, *jax.lax.stop_gradient((self.arrays, self.params)))
 
     def encode(self) -> QTensor:
         """The same codes with the trained scales."""
@@ -272,6 +276,17 @@ class Format:
         if not bool(jnp.isfinite(w_OI).all()):
             row, col = np.argwhere(~np.isfinite(np.asarray(w_OI)))[0]
             raise FormatError(f"{self.name}: weight [{row}, {col}] is {w_OI[row, col]} (must be finite)")
+
+    @property
+    def idempotent(self) -> bool:
+        """Whether rounding what is on the grid changes nothing, and codes of some columns are those of all: what the
+        solvers that round column by column need."""
+        return True
+
+    @property
+    def whole(self) -> bool:
+        """Whether the grid is integers times one scale for a row or for the matrix (see `integers`)."""
+        return False
 
     def integers(
         self, codes_OI: Int[Array, "O I"], stored: Params

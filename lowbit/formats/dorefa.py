@@ -30,6 +30,10 @@ class DoReFa(Integer):
         group = f"g{self.granularity}" if isinstance(self.granularity, int) else self.granularity
         return ":".join([f"dorefa{self.width}", group, *self._keys()])
 
+    @property
+    def idempotent(self) -> bool:
+        return False
+
     def fit(self, w_OGK: Float[Array, "O G K"]) -> Params:
         return {"scale": self.reduce(jnp.maximum, jnp.abs(w_OGK)) * np.float32(1 / self.levels[1])}
 

@@ -196,8 +196,12 @@ class Uniform(Format):
         w_hat_OI = levels * spread(grid["scale"], codes_OI.shape)
         return w_hat_OI + spread(grid["min"], codes_OI.shape) if self.has_min else w_hat_OI
 
+    @property
+    def whole(self) -> bool:
+        return not (self.has_zero or self.has_min or isinstance(self.granularity, int))
+
     def integers(self, codes_OI: Int[Array, "O I"], stored: Params) -> tuple[Array, Array] | None:
-        if self.has_zero or set(stored) != {"scale"} or isinstance(self.granularity, int):
+        if not self.whole:
             return None
         scale = stored["scale"]
         return codes_OI.astype(jnp.float32), scale[:, 0] if self.granularity == "channel" else scale[0, 0]
@@ -374,6 +378,10 @@ class Integer(Uniform):
         # Half to even as in ParetoQ: 0 goes to +1, 2 s to +1 and -2 s to -3.
         code = 2 * jnp.round(0.5 * (w_OI / spread(stored["scale"], w_OI.shape)) - 0.5) + 1
         return jnp.clip(code, *map(float, self.levels)).astype(jnp.int32)
+
+    @property
+    def idempotent(self) -> bool:
+        return not self.centered
 
     def center(self, w_OI: Float[Array, "O I"]) -> Float[Array, "#O I"]:
         """The mean of what shares a scale, the same bits in any program."""

@@ -22,6 +22,10 @@ ARCHITECTURES = {
 }
 
 
+# Hugging Face's names of BitNet's norms, by the linear that they precede.
+SUB_NORMS = {"self_attn.o_proj": "self_attn.attn_sub_norm", "mlp.down_proj": "mlp.ffn_sub_norm"}
+
+
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
     """Frequency scaling: `linear` (divide by factor) or `llama3` (divide low frequencies, blend the middle)."""
@@ -105,15 +109,14 @@ class ModelConfig:
                 out[p + name] = shape
                 if biased[name]:
                     out[p + name + ".bias"] = (shape[0],)
+                if self.sub_norm == "per_linear":
+                    out[p + name + "_norm"] = (shape[1],)
+                if self.sub_norm == "sub" and name in SUB_NORMS:
+                    out[p + SUB_NORMS[name]] = (shape[1],)
                 if name == "self_attn.o_proj" and self.qk_norm:
                     out[p + "self_attn.q_norm"] = out[p + "self_attn.k_norm"] = (hd,)
             if self.input_norm:
                 out[p + "input_layernorm"] = out[p + "post_attention_layernorm"] = (d,)
-            if self.sub_norm == "sub":
-                out[p + "self_attn.attn_sub_norm"] = (self.num_heads * hd,)
-                out[p + "mlp.ffn_sub_norm"] = (self.intermediate_size,)
-            if self.sub_norm == "per_linear":
-                out |= {f"{p}{name}_norm": (shape[1],) for name, shape in self.linear_shapes().items()}
             if self.sandwich_norm:
                 out[p + "pre_feedforward_layernorm"] = out[p + "post_feedforward_layernorm"] = (d,)
         out["model.norm"] = (d,)

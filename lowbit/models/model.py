@@ -59,9 +59,7 @@ class Model:
         """SHA-256 of what decides the logits: configuration, formats and every stored array."""
         h = hashlib.sha256(repr(self.config).encode())
         for path, leaf in trees.items(self.params):
-            parts = [leaf, leaf.w] if isinstance(leaf, PreparedInput) else [leaf]
-            names = [getattr(getattr(p, k, None), "name", "") for p in parts for k in ("format", "act", "op")]
-            h.update(f"\n{path} {names}".encode())
+            h.update(f"\n{path} {jax.tree.structure(leaf)}".encode())
             for key, a in jax.tree_util.tree_leaves_with_path(leaf):
                 h.update(f"\n{jax.tree_util.keystr(key)} {a.dtype} {a.shape}\n".encode())
                 h.update(np.ascontiguousarray(a).tobytes())

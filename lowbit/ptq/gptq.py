@@ -79,6 +79,7 @@ def gptq(
     as much, up to 1.0. Raises `InputError` (with `name`) on values that are not finite, on an `H` of another shape or
     one that even then has no factor, and as the format's `check` and `check_values` do.
     """
+    check_format(fmt)
     fmt.check(w_OI.shape)
     O, I = w_OI.shape
     if tuple(H_II.shape) != (I, I):
@@ -271,11 +272,19 @@ def quantize_dir(
     quantize_folder(src, Path(out), solver, assignment, key, progress)
 
 
+def check_format(fmt: Format) -> None:
+    """Raises `InputError` for formats whose codes depend on other columns: GPTQ rounds one after the other."""
+    if not fmt.idempotent:
+        raise InputError(f"format {fmt.name!r} with solver gptq (allowed: those whose columns are rounded apart)")
+
+
 def _blocks(
     config: ModelConfig, assignment: Mapping[str, Any], documents: Any, tokenizer: Any, options: GptqOptions
 ) -> "_Blocks":
     if documents is None:
         raise InputError("solver gptq without calibration text (allowed: documents)")
+    for fmt in {f for f in assignment.values() if isinstance(f, Format)}:
+        check_format(fmt)
     tokens = tokenize(documents, tokenizer, options.rows, length_of(config, options.length), options.seed)
     return _Blocks(config, assignment, tokens, options)
 

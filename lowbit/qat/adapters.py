@@ -28,10 +28,10 @@ from lowbit.formats.adapter import Adapter
 from lowbit.formats.base import Format, QTensor
 from lowbit.formats.fake_quant import PreparedInput
 from lowbit.kernels.qdot.api import dense
+from lowbit.models.cache import attach
 from lowbit.models.hf import FLOATS
 from lowbit.ptq import rtn
-from lowbit.qat import latents
-from lowbit.qat.latents import Stored, dynamic
+from lowbit.qat.latents import INPUT, Stored
 from lowbit.tree import Tree
 
 LINEARS = ("q", "k", "v", "o", "gate", "up", "down")
@@ -118,10 +118,16 @@ def prepare(
         raise InputError("adapters with a plan that quantizes no weight (allowed: a format other than bf16)")
     if not any(map(options.takes, weights)):
         raise InputError(f"no quantized weight is among {'+'.join(options.targets)} (allowed: {_some(weights)})")
-    params = latents.prepare(params, {s: f for s, f in assignment.items() if s not in weights}, dynamic, stored)
-    rtn.check_paths(params, weights)
+    params, sites = attach(params, assignment)
+    rtn.check_paths(params, sites)
 
     def one(path: str, leaf: Any) -> Any:
+        if (act := sites.get(path + INPUT)) is not None:
+            rtn.check_leaf(path, leaf, None, act)
+            try:
+                leaf = rtn.with_act(leaf, act, (stored or {}).get(path))
+            except InputError as e:
+                raise InputError(f"{path}{INPUT}: {e}") from e
         if path not in weights:
             return leaf
         w, fmt = _weight(leaf), weights[path]

@@ -39,6 +39,7 @@ class RunBefore(Protocol):
         options: BlockOptions,
         directory: str | Path | None = None,
         on_block: Callable[[dict[str, Any], int], None] | None = None,
+        stored: Stored | None = None,
     ) -> Tree:
         """The parameters that `prepare` gets; state lies in `directory`, and the same call goes on where one was
         interrupted. `on_block(report, blocks)` is called after each block, also those done earlier."""
@@ -60,6 +61,7 @@ class Recipe(NamedTuple):
     convert: Convert
     defaults: dict[str, Any]
     wrap: Wrap | None = None  # of the optimizer (`lowbit.train.loop.train`)
+    restarts: bool = False  # whether `prepare` takes `latents.masters` of what it made: stages with other formats
     before: Before | None = None
 
 
@@ -80,7 +82,8 @@ def register_family(name: str, parse: Parse) -> None:
 
 def register_start(name: str, start: Start, defaults: dict[str, Any] | None = None) -> Recipe:
     """Adds a recipe that trains latent weights, given how a latent starts (see `lowbit.qat.latents`)."""
-    return register(Recipe(name, partial(latents.prepare, start=start), latents.convert, defaults or {}))
+    prepare = partial(latents.prepare, start=start)
+    return register(Recipe(name, prepare, latents.convert, defaults or {}, restarts=True))
 
 
 def get(name: str) -> Recipe:
@@ -106,4 +109,4 @@ def _without_keys(recipe: Recipe, keys: list[str]) -> Recipe:
 
 def _load_all() -> None:
     # Each module registers its recipes.
-    from lowbit.qat import bitnet, dorefa, efficientqat, llm_qat, loftq, lsq, paretoq, proximal, qa_lora, qlora, ste  # noqa: F401  # noqa: F401
+    from lowbit.qat import bitnet, dorefa, efficientqat, llm_qat, loftq, lsq, paretoq, proximal, qa_lora, qlora, ste  # noqa: F401

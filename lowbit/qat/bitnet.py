@@ -22,6 +22,7 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from lowbit import tree as trees
 from lowbit.errors import InputError
@@ -39,7 +40,7 @@ from lowbit.tree import Tree
 # a4.8's inputs (eqs. 3 to 5); everything else gets four bits.
 A48 = {"o_proj": "int8:token:bitnet:top50", "down_proj": "int8:token:bitnet"}
 ROTATED = ("o_proj", "down_proj")
-DEFAULTS = {"schedule": "two-stage", "decay_until": 0.5, "lr_second": 2 / 3}
+DEFAULTS = {"schedule": "two-stage", "lr_second": 2 / 3, "weight_decay": 0.1, "decay_until": 0.5}
 
 
 def start(fmt: Format, w: jax.Array) -> tuple[Format, Params]:
@@ -85,10 +86,14 @@ def _rotated(assignment: Mapping[str, Any], path: str, leaf: Any) -> Any:
         op = Hadamard(w.shape[1])
     except InputError as e:
         raise InputError(f"recipe bitnet-v2: input of {path}: {e}") from e
-    rotated = PreparedInput(jax.jit(op.into)(w), op=op)
+    rotated = PreparedInput(jax.jit(op.into)(w.astype(jnp.float32)), op=op)
     return rotated if not isinstance(leaf, PreparedInput) else dataclasses.replace(leaf, w=rotated.w, op=op)
 
 
-register(Recipe("bitnet", prepare, latents.convert, DEFAULTS))
-register(Recipe("bitnet-a4.8", partial(prepare, inputs=A48, other="int4:token:bitnet"), latents.convert, DEFAULTS))
-register(Recipe("bitnet-v2", partial(prepare, rotate=True), latents.convert, DEFAULTS))
+register(Recipe("bitnet", prepare, latents.convert, DEFAULTS, restarts=True))
+register(
+    Recipe(
+        "bitnet-a4.8", partial(prepare, inputs=A48, other="int4:token:bitnet"), latents.convert, DEFAULTS, restarts=True
+    )
+)
+register(Recipe("bitnet-v2", partial(prepare, rotate=True), latents.convert, DEFAULTS, restarts=True))

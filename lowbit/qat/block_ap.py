@@ -41,7 +41,7 @@ from lowbit.plan import encoded_bytes
 from lowbit.ptq import rtn
 from lowbit.ptq.calibrate import Stream, working
 from lowbit.ptq.folder import block_facts, stored_block, write_block
-from lowbit.qat.latents import convert, learned, prepare
+from lowbit.qat.latents import Stored, convert, learned, prepare
 from lowbit.train.block_options import BlockOptions
 from lowbit.train.loop import stop_signals
 from lowbit.tree import Tree
@@ -67,6 +67,7 @@ def block_ap(
     options: BlockOptions | None = None,
     directory: str | Path | None = None,
     on_block: Callable[[dict[str, Any], int], None] | None = None,
+    stored: Stored | None = None,
 ) -> Tree:
     """The model's parameters with the sites of `assignment` (see `Plan.resolve`) packed after Block-AP.
 
@@ -93,10 +94,14 @@ def block_ap(
     outside = {s: f for s, f in assignment.items() if not any(s in own for own in sites.values())}
     rtn.check_paths(params, outside)
     within = {s: f for own in sites.values() for s, f in own.items()}
-    jax.eval_shape(lambda p: prepare(p, within, learned), params)  # refuses what cannot be, computes nothing
-    out = {p: rtn.quantize_leaf(p, a, outside) for p, a in flat.items() if not any(p in own for own in inside.values())}
+    jax.eval_shape(lambda p: prepare(p, within, learned, stored), params)  # refuses what cannot be, computes nothing
+    out = {
+        p: rtn.quantize_leaf(p, a, outside, stored)
+        for p, a in flat.items()
+        if not any(p in own for own in inside.values())
+    }
     float_stream, stream = Stream(c, tokens_BT), Stream(c, tokens_BT)
-    key = _first_key(c, tokens_BT, assignment, o, flat["model.embed_tokens"])
+    key = _first_key(c, tokens_BT, assignment, o, {"model.embed_tokens": flat["model.embed_tokens"], **(stored or {})})
     done = [_Stored(None if directory is None else Path(directory) / f"{i:05}") for i in range(c.num_layers)]
     at = None  # the block whose inputs the streams hold; what is done already is passed only if something follows
 
@@ -116,7 +121,7 @@ def block_ap(
             key = _next_key(key, leaves)
             if (report := done[i].report(key)) is None:
                 advance(i)
-                solved = _solve(c, i, leaves, sites[i], stream, float_stream, o, stop.is_set)
+                solved = _solve(c, i, leaves, sites[i], stream, float_stream, o, stop.is_set, stored or {})
                 if solved is None:
                     where = "nothing was saved" if directory is None else f"those before are saved in {directory}"
                     raise Stopped(f"stopped in block {i + 1} of {c.num_layers}: {where}, continue with --resume")
@@ -142,10 +147,11 @@ def _solve(
     float_stream: Stream,
     options: BlockOptions,
     stop: Callable[[], bool],
+    stored: Stored,
 ) -> tuple[dict[str, Any], dict[str, Any]] | None:
     """A layer's parameters after Block-AP and its report. Takes the float stream through the layer."""
     begin = time.monotonic()
-    student = _layer(index, dict(trees.items(prepare(trees.build(leaves), sites, learned))))
+    student = _layer(index, dict(trees.items(prepare(trees.build(leaves), sites, learned, stored))))
     float_stream.advance(working(_layer(index, leaves)), index)
     trained = train_block(config, student, stream, float_stream, index, options, stop)
     if trained is None:
@@ -384,11 +390,15 @@ class _Stored(NamedTuple):
 
 
 def _first_key(
-    config: ModelConfig, tokens_BT: np.ndarray, assignment: Mapping[str, Any], options: BlockOptions, embedding: Any
+    config: ModelConfig,
+    tokens_BT: np.ndarray,
+    assignment: Mapping[str, Any],
+    options: BlockOptions,
+    arrays: Mapping[str, Any],
 ) -> str:
     plan = json.dumps({site: fmt.name for site, fmt in assignment.items()}, sort_keys=True)
     h = hashlib.sha256(f"{config} {plan} {options} {tokens_BT.shape} ".encode() + tokens_BT.tobytes())
-    return _next_key(h.hexdigest(), {"model.embed_tokens": embedding})
+    return _next_key(h.hexdigest(), arrays)
 
 
 def _next_key(key: str, leaves: Mapping[str, Any]) -> str:

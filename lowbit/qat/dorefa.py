@@ -35,4 +35,4 @@ def prepare_pact(params: Tree, assignment: Assignment, *, stored: Stored | None 
 
 
 register_start("dorefa", start)
-register(Recipe("pact", prepare_pact, latents.convert, {"scale_lr": 1.0}))
+register(Recipe("pact", prepare_pact, latents.convert, {"scale_lr": 1.0}, restarts=True))

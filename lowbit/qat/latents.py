@@ -96,6 +96,24 @@ def masters(params: Tree) -> Tree:
     return trees.build(kept | {p: CacheSite(None, s.op) for p, s in caches.items()})
 
 
+def kept(old: Tree, new: Tree) -> Tree:
+    """`new` with what `old` has learned besides latents where a site's format stays: scales, zero points, minima."""
+    before = dict(trees.items(old))
+
+    def one(path: str, leaf: Any, was: Any) -> Any:
+        if isinstance(leaf, PreparedInput) and isinstance(was, PreparedInput):
+            same = leaf.act is not None and leaf.act == was.act
+            w = one(path, leaf.w, was.w)
+            return dataclasses.replace(leaf, w=w, params=was.params if same else leaf.params)
+        if isinstance(leaf, PreparedInput):
+            return dataclasses.replace(leaf, w=one(path, leaf.w, was))
+        was = was.w if isinstance(was, PreparedInput) else was
+        same = isinstance(leaf, Latent) and isinstance(was, Latent) and leaf.format == was.format
+        return dataclasses.replace(leaf, params=was.params) if same else leaf
+
+    return trees.map_leaves(lambda path, leaf: one(path, leaf, before.get(path)), new)
+
+
 def convert(params: Tree) -> Tree:
     """Every weight in training as packed codes and scales (those of the last forward pass); other leaves unchanged."""
 

@@ -77,4 +77,4 @@ DEFAULTS = {
     "weight_decay": 0.0,
     "b2": 0.999,
 }
-register(Recipe("llm-qat", prepare, latents.convert, DEFAULTS))
+register(Recipe("llm-qat", prepare, latents.convert, DEFAULTS, restarts=True))

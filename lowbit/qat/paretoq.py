@@ -22,6 +22,7 @@ import numpy as np
 
 from lowbit.errors import InputError
 from lowbit.formats.base import Format, Params
+from lowbit.formats.dorefa import DoReFa
 from lowbit.formats.integer import Integer
 from lowbit.formats.ternary import Ternary
 from lowbit.qat.base import register_start
@@ -34,7 +35,7 @@ def start(fmt: Format, w: jax.Array) -> tuple[Format, Params]:
     known = isinstance(fmt, Ternary) or (
         isinstance(fmt, Integer) and not fmt.asym and fmt.width <= 4 and fmt.odd == (fmt.width <= 2)
     )
-    if not known:
+    if not known or isinstance(fmt, DoReFa):
         raise InputError(f"format {fmt.name!r} with recipe paretoq (allowed: {ALLOWED}, with any granularity)")
     if fmt.clip == "none":
         fmt = dataclasses.replace(fmt, clip="paretoq")

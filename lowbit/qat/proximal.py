@@ -122,6 +122,8 @@ def prepare(params: Tree, assignment: Assignment, *, stored: Stored | None = Non
 def start(fmt: Format, w: jax.Array, kind: str = "parq") -> tuple[Format, Params]:
     """See the module. Raises `InputError`."""
     known = isinstance(fmt, Integer | Ternary | GGML) and not (fmt.has_min or isinstance(fmt, DoReFa))
+    if isinstance(fmt, DoReFa):
+        raise InputError(f"format {fmt.name!r} with recipe {kind}: rounding it twice is not rounding it once")
     if kind == "parq" and not known:
         raise InputError(
             f"format {fmt.name!r} with recipe parq (allowed: levels times a scale, or recipe binary-relax)"

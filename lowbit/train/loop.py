@@ -160,7 +160,8 @@ def train(
                 learned, frozen = setup.learned, setup.frozen
                 opt = carried(opt, setup.init(learned))
             rows = sharding.place_batch(_checked(batch(step), config, step), setup.sharding.mesh)
-            learned, opt, metrics = setup.step(learned, opt, frozen, setup.teacher, rows)
+            advance = setup.warm if step < config.quant_warmup else setup.step
+            learned, opt, metrics = advance(learned, opt, frozen, setup.teacher, rows)
             step += 1
             if waiting is not None:  # one step late, so that the device is never idle
                 log(*waiting, clock)

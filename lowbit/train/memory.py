@@ -13,7 +13,7 @@ from lowbit.train import sharding
 from lowbit.train.config import TrainConfig
 from lowbit.train.objective import Objective
 from lowbit.train.params import Flat, Layout, flatten
-from lowbit.train.step import abstract, build
+from lowbit.train.step import Wrap, abstract, build
 from lowbit.tree import Tree
 
 
@@ -35,6 +35,7 @@ def estimate(
     objective: Objective,
     config: TrainConfig,
     make_teacher: Callable[[], Tree] | None = None,
+    wrap: Wrap | None = None,
 ) -> Memory:
     """Memory of a training step, from compiling it; nothing is allocated.
 
@@ -43,7 +44,7 @@ def estimate(
     """
     flat, layout = _abstract(make_params)
     goal, goal_layout = _abstract(make_teacher) if make_teacher else ({}, {})
-    setup = build(flat, layout, goal, goal_layout, objective, config)
+    setup = build(flat, layout, goal, goal_layout, objective, config, wrap)
     mesh = setup.sharding.mesh
     goal_where = sharding.shard(goal, mesh)
     learned = {n: jax.ShapeDtypeStruct(a.shape, jnp.float32) for n, a in setup.learned.items()}

@@ -82,7 +82,9 @@ def build(config: TrainConfig, params: Mapping[str, Any], scale: Mapping[str, fl
         amount = lambda count: jnp.where(count < last, config.weight_decay, 0.0)  # noqa: E731
         parts.append(optax.add_decayed_weights(amount if config.decay_until < 1 else config.weight_decay, mask))
     if config.scale_decay:
-        parts.append(optax.add_decayed_weights(config.scale_decay, {n: ":" in n for n in params}))
+        parts.append(
+            optax.add_decayed_weights(config.scale_decay, {n: n.endswith(("scale",)) and ":" in n for n in params})
+        )
     parts.append(optax.stateless(lambda u, _: {n: scale[n] * u[n] for n in u}))
     parts.append(optax.scale_by_learning_rate(schedule(config)))
     return optax.chain(*parts)

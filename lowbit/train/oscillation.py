@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
+from lowbit.errors import InputError
 from lowbit.formats.base import Format
 
 Formats = Mapping[str, Format]
@@ -64,8 +65,7 @@ def track(
         for name, old in state.tracks.items():
             code, stored = codes(name, after)
             if threshold:  # a frozen code stays, whatever the scale does
-                kept = jnp.round(old.mean).astype(jnp.int32)
-                code = jnp.where(old.frozen, kept, code)
+                code = jnp.where(old.frozen, nearest(formats[name], old.mean, stored), code)
                 held = formats[name].dequantize(code, stored)
                 out[name] = jnp.where(old.frozen, held - params[name], updates[name])
             change = jnp.sign(code - old.code).astype(jnp.int8)
@@ -80,6 +80,25 @@ def track(
         return out, OscillationState(inner, tracks, flips)
 
     return optax.GradientTransformation(init, update)
+
+
+def nearest(fmt: Format, mean: Array, stored: Any) -> Array:
+    """The code whose value is next to that of a mean code: not every whole number is one (mid-rise grids, mxfp4)."""
+    low = jnp.floor(mean)
+    part, below = mean - low, low.astype(jnp.int32)
+    value = (1 - part) * fmt.dequantize(below, stored) + part * fmt.dequantize(below + 1, stored)
+    return fmt.quantize(value, stored)
+
+
+def check(formats: Formats, learned: Mapping[str, Any], arrays: Mapping[str, list[str]], freeze: bool) -> None:
+    """Raises `InputError` for latents whose codes cannot be followed: scales that are frozen apart from them, and, for
+    freezing, a format that does not give back the code of a code's value. `arrays` are the latents' own, by name."""
+    for name, fmt in formats.items():
+        for key in arrays[name]:
+            if f"{name}:{key}" not in learned:
+                raise InputError(f"{name}:{key} is frozen and its codes are tracked (allowed: scale_lr above 0)")
+        if freeze and not fmt.idempotent:
+            raise InputError(f"freeze_above with format {fmt.name!r} of {name} (allowed: grids that keep their values)")
 
 
 def shares(state: Any) -> dict[str, Array]:

@@ -113,13 +113,15 @@ def mixed(params: Tree, mix: Any) -> Tree:
 
 def trainable(layout: Layout) -> set[str]:
     """Names that an optimizer may change: everything but codes, the arrays of packed weights, of activation formats
-    (unless those learn them), of caches and of online transforms. In a tree with adapters, their factors alone."""
-    names = {f"{path}:{k}" for path, entry in layout.items() if "adapter" in entry for k in adapter.ARRAYS}
-    if names:
-        return names
+    (unless those learn them), of caches and of online transforms. In a tree with adapters, their factors
+    and those of inputs alone."""
+    names: set[str] = set()
     for path, entry in layout.items():
         if "input" in entry and getattr(get_act(entry["input"]), "learned", False):
             names |= {f"{path}:{k}" for k in entry["prepared"] if k.startswith("input.")}
+    if factors := {f"{path}:{k}" for path, entry in layout.items() if "adapter" in entry for k in adapter.ARRAYS}:
+        return names | factors
+    for path, entry in layout.items():
         if entry["kind"] in ("packed", "cache"):
             continue
         if entry["kind"] == "coded":

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import jax
@@ -35,6 +36,7 @@ class Setup:
     opt_sharding: Any
     init: Callable[[Flat], Any]  # optimizer state, jitted
     step: Callable[..., tuple[Flat, Any, dict[str, Array]]]  # jitted, donates learned and optimizer state
+    warm: Callable[..., tuple[Flat, Any, dict[str, Array]]]  # the same while quantization is mixed in (`quant_warmup`)
     probe: Callable[[Flat, Flat, Flat, dict[str, Array]], Array]  # mean loss of parameters on a batch, jitted
 
 
@@ -82,6 +84,18 @@ def build(
     formats = {n: base.get(e["format"]) for n, e in layout.items() if e["kind"] == "latent" and n in learned}
     if wrap is not None and config.freeze_above:
         raise InputError("freeze_above with a recipe that keeps its own latents (allowed: 0)")
+    latents = {n: e for n, e in layout.items() if e["kind"] == "latent"}
+    if wrap is not None:
+        own = [m for n, e in latents.items() for m in (n, *(f"{n}:{k}" for k in e["arrays"])) if m not in learned]
+        if own:
+            raise InputError(f"{own[0]} is frozen, in a recipe whose optimizer takes it to the grid (allowed: none)")
+    if config.track_codes or config.freeze_above:
+        if not latents:
+            raise InputError("track_codes or freeze_above without latent weights (allowed: recipes that train them)")
+        oscillation.check(formats, learned, {n: e["arrays"] for n, e in latents.items()}, config.freeze_above > 0)
+    if config.quant_warmup and not any("input" in e for e in layout.values()):
+        if all(e.get("soft") for e in latents.values()):
+            raise InputError("quant_warmup without anything that it warms up (allowed: latent weights, inputs)")
     if wrap is not None:
         tx = wrap(tx, formats, config.steps)
     if config.track_codes or config.freeze_above:
@@ -102,8 +116,8 @@ def build(
 
         return total
 
-    def step(learned: Flat, opt: Any, frozen: Flat, goal: Flat, batch: dict[str, Array]) -> Any:
-        mix = jnp.minimum(opt["step"] / config.quant_warmup, 1.0) if config.quant_warmup else None
+    def step(learned: Flat, opt: Any, frozen: Flat, goal: Flat, batch: dict[str, Array], warm: bool = False) -> Any:
+        mix = jnp.minimum(opt["step"] / config.quant_warmup, 1.0) if warm else None
         loss, tokens, grads = accumulate(totals(frozen, goal, mix), learned, batch, config.microbatches, mesh)
         lr = optimizer.schedule(config)(opt["step"])
         updates, state = tx.update(grads, opt["optax"], learned)
@@ -120,9 +134,9 @@ def build(
         return loss.sum() / jnp.maximum(tokens.sum(), 1.0)
 
     outs = ({n: where.of(n) for n in learned}, opt_where, NamedSharding(mesh, PartitionSpec()))
-    jitted = jax.jit(step, donate_argnums=(0, 1), out_shardings=outs)
+    jitted, warm = (jax.jit(partial(step, warm=w), donate_argnums=(0, 1), out_shardings=outs) for w in (False, True))
     start = jax.jit(init, out_shardings=opt_where)
-    return Setup(learned, frozen, goal, layout, where, opt_shape, opt_where, start, jitted, jax.jit(probe))
+    return Setup(learned, frozen, goal, layout, where, opt_shape, opt_where, start, jitted, warm, jax.jit(probe))
 
 
 def _settled(learned: Flat, state: Any) -> Flat:
@@ -174,11 +188,13 @@ def split(batch: dict[str, Array], microbatches: int, mesh: Mesh) -> dict[str, A
 
 
 def carried(old: Any, new: Any) -> Any:
-    """The optimizer state `new` with what `old` has of it: leaves at the same place and of the same shape."""
+    """The optimizer state `new` with what `old` has of it: leaves at the same place and of the same shape. Codes that
+    were tracked are those of another format: they start anew."""
     have = {jax.tree_util.keystr(k): a for k, a in jax.tree_util.tree_leaves_with_path(old)}
 
     def one(path: Any, leaf: Array) -> Array:
-        before = have.get(jax.tree_util.keystr(path))
+        place = jax.tree_util.keystr(path)
+        before = None if ".tracks[" in place else have.get(place)
         return leaf if before is None or before.shape != leaf.shape else before
 
     return jax.tree_util.tree_map_with_path(one, new)

@@ -69,12 +69,12 @@ def _integers(x: Array, leaf: Weight) -> Array | None:
     if not isinstance(leaf, PreparedInput) or leaf.act is None or x.dtype == jnp.float64:
         return None
     w = leaf.w
-    if not isinstance(w, QTensor | Latent) or leaf.mix is not None:
+    if not isinstance(w, QTensor | Latent | Coded) or leaf.mix is not None or not w.format.whole:
         return None
     if isinstance(w, Latent) and (w.mix is not None or w.soft):
         return None
-    levels = getattr(w.format, "levels", None)
-    if levels is None or x.shape[-1] * 2 ** (leaf.act.bits - 1) * max(map(abs, levels)) >= EXACT:
+    largest = max(map(abs, leaf.act.levels)) * max(map(abs, w.format.levels))
+    if x.shape[-1] * largest >= EXACT:
         return None
     codes, stored = w.codes()
     ints = w.format.integers(codes, stored)
