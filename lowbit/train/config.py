@@ -39,7 +39,7 @@ class TrainConfig:
     warmup: int = 0
     decay: float = 0.2  # last fraction of the steps in which "wsd" decays
     lr_second: float = 2 / 3  # peak of the second half of "two-stage" (BitNet), times lr
-    lr_end: float = 0.1  # final over peak learning rate of every schedule but "constant"
+    lr_end: float = 0.1  # final over peak learning rate of "cosine", "linear" and "wsd"
     scale_lr: float = 0.1  # learning rate of what formats learn (scales, zero points), times lr
     lr_groups: tuple[tuple[str, float], ...] = ()  # (regex over names, factor of lr), first match wins, 0 freezes
     b1: float = 0.9  # momentum of sgd too
