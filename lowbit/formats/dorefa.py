@@ -14,7 +14,8 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from lowbit.formats.base import Format, Params, register
-from lowbit.formats.integer import Integer, parse_keys, spread
+from lowbit.formats.integer import Integer
+from lowbit.formats.uniform import parse_keys, spread
 
 
 @dataclasses.dataclass(frozen=True)

@@ -33,8 +33,8 @@ from jaxtyping import Array, Float, Int
 from lowbit.formats import search
 from lowbit.formats.base import Format, Params, register
 from lowbit.formats.floats import round_to
-from lowbit.formats.integer import Uniform, parse_keys, signed_max
 from lowbit.formats.ternary import ternary_scale
+from lowbit.formats.uniform import Uniform, parse_keys, signed_max
 
 
 class Block(NamedTuple):

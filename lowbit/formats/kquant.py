@@ -37,8 +37,8 @@ from jaxtyping import Array, Float, Int
 from lowbit.formats import search
 from lowbit.formats.base import Affine, Format, FormatError, Params, QTensor, Super, register, unpacked
 from lowbit.formats.floats import round_to
-from lowbit.formats.integer import Uniform, parse_keys, signed_max, spread
 from lowbit.formats.packing import pack, unpack
+from lowbit.formats.uniform import Uniform, parse_keys, signed_max, spread
 
 SUPER = 256  # weights of a super-block
 ROUNDS = 2  # of refinement

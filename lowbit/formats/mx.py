@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from lowbit.formats.base import Format, Params, register
 from lowbit.formats.floats import power_of_two
-from lowbit.formats.integer import Uniform, parse_keys
+from lowbit.formats.uniform import Uniform, parse_keys
 
 BLOCK = 32
 LEAST, MOST = 2.0**-100, 2.0**124  # of the scale: no product is a float32 subnormal or overflows

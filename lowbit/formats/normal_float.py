@@ -36,9 +36,9 @@ from jaxtyping import Array, Float, Int
 from lowbit.errors import unknown
 from lowbit.formats.base import Format, FormatError, Params, register
 from lowbit.formats.floats import SMALLEST_SCALE
-from lowbit.formats.integer import spread
 from lowbit.formats.packing import pack, unpack
 from lowbit.formats.reduce import order_free_mean, over_last
+from lowbit.formats.uniform import spread
 
 OFFSET = 0.9677083  # the largest probability: QLoRA's, half a step of sixteen levels from 1
 SPAN = 256  # absmax that share a step

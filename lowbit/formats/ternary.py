@@ -8,7 +8,7 @@ from jaxtyping import Array, Bool, Float
 
 from lowbit.formats.base import Format, FormatError, Params, register
 from lowbit.formats.fake_quant import Clip, Levels, inside
-from lowbit.formats.integer import Uniform, parse_keys
+from lowbit.formats.uniform import Uniform, parse_keys
 
 
 @dataclasses.dataclass(frozen=True)

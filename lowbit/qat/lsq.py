@@ -18,8 +18,9 @@ import jax.numpy as jnp
 
 from lowbit.errors import InputError
 from lowbit.formats.base import Format, Params
-from lowbit.formats.integer import Integer, Uniform
+from lowbit.formats.integer import Integer
 from lowbit.formats.mx import MXFP4
+from lowbit.formats.uniform import Uniform
 from lowbit.qat.base import register_start
 
 DEFAULTS = {"scale_lr": 1.0}  # one rate for weights and steps, as in the papers

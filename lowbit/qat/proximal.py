@@ -30,8 +30,9 @@ from lowbit.formats.base import Format, Latent, Params
 from lowbit.formats.dorefa import DoReFa
 from lowbit.formats.fake_quant import PreparedInput
 from lowbit.formats.ggml import GGML
-from lowbit.formats.integer import Integer, spread
+from lowbit.formats.integer import Integer
 from lowbit.formats.ternary import Ternary
+from lowbit.formats.uniform import spread
 from lowbit.qat import latents
 from lowbit.qat.base import Recipe, register_family
 from lowbit.qat.latents import Assignment, Stored

@@ -24,8 +24,8 @@ from lowbit.errors import InputError
 from lowbit.formats.adapter import Adapter, check
 from lowbit.formats.base import Format, QTensor
 from lowbit.formats.floats import STORAGE, round_to
-from lowbit.formats.integer import Uniform
 from lowbit.formats.kquant import KQuant
+from lowbit.formats.uniform import Uniform
 from lowbit.qat.adapters import DEFAULT, Options, base_of, parse, random_a, replace
 from lowbit.qat.adapters import prepare as put
 from lowbit.qat.base import Recipe, register_family

@@ -23,10 +23,11 @@ from lowbit.formats.dorefa import DoReFa
 from lowbit.formats.fake_quant import PreparedInput
 from lowbit.formats.floats import FloatFormat
 from lowbit.formats.ggml import GGML
-from lowbit.formats.integer import Integer, Uniform
+from lowbit.formats.integer import Integer
 from lowbit.formats.mx import MXFP4
 from lowbit.formats.normal_float import NormalFloat
 from lowbit.formats.ternary import Ternary
+from lowbit.formats.uniform import Uniform
 from lowbit.kernels.qdot import qdot
 
 NAMES = base.names()

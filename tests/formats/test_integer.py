@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from lowbit.formats import base
-from lowbit.formats.integer import SHRINK
 from lowbit.formats.reduce import order_free_mean
+from lowbit.formats.uniform import SHRINK
 
 W = np.random.default_rng(0).standard_normal((4, 128)).astype(np.float32)
 
