@@ -46,7 +46,7 @@ def test_dequantized_folder(name, format, tmp_path):
     assert diff <= TOLERANCE
 
 
-TYPES = ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "TQ1_0", "TQ2_0"]
+TYPES = "F32 F16 BF16 Q8_0 Q4_0 Q4_1 Q5_0 Q5_1 TQ1_0 TQ2_0 Q2_K Q3_K Q4_K Q5_K Q6_K MXFP4".split()
 OTHERS = [(n, t) for n in ("qwen2", "qwen3", "gemma2", "gemma3") for t in ("F32", "Q4_0")]
 
 
