@@ -7,7 +7,7 @@ the trained codes and scales are written, never re-quantized. llama.cpp then eva
 text that neither training nor the base model saw, in rows of 256 tokens from BOS: KL of the file to the F32 file.
 `rtn` is our rounding to nearest (for K types a search) of the same model.
 
-    python benchmarks/gguf_qat.py [--quick] [--json] [--steps 160]
+    python benchmarks/gguf_qat.py [--quick] [--json] [--steps 160] [--types Q2_K ...]
 
 Needs llama-cpp-python (requirements-runtimes.txt). `--json` prints one object last: for each type `llamacpp`, `rtn`,
 `qat` (nats per token), `ratio` (qat / llamacpp), `bytes` of the three files.
@@ -94,6 +94,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="16 steps, 4 rows of evaluation")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--steps", type=int, default=160)
+    parser.add_argument("--types", nargs="+", choices=list(TYPES), default=list(TYPES))
     args = parser.parse_args()
     steps, count = (16, 4) if args.quick else (args.steps, 32)
     model = open_model("lowbit-base")
@@ -109,7 +110,8 @@ def main() -> None:
         packed = data_rows.prepare(documents, fp.tokenizer, LENGTH, folder / "rows")
         write_gguf(fp, folder / "fp.gguf", "F32")
         goal = log_probabilities(folder / "fp.gguf", tokens_BT)
-        for type, (fmt, lr) in TYPES.items():
+        for type in args.types:
+            fmt, lr = TYPES[type]
             start = time.monotonic()
             assignment = Plan.uniform(type.lower()).resolve(fp.config.shapes())
             by_llamacpp(folder / "fp.gguf", folder / "llamacpp.gguf", type)
