@@ -8,6 +8,7 @@ from typing import Any
 Row = Mapping[str, Any]
 Point = tuple[float | int, float | int]
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f")  # readable when colour-blind
+CROWDED = 20  # points of a panel from which on only the best are named
 MARKERS = "osD^vP*X"
 PANELS = {"kl_mean": "KL divergence to the reference, mean (nats)", "perplexity": "perplexity"}
 
@@ -119,6 +120,11 @@ def _scale(ax: Any, axis: str, values: Sequence[float | int]) -> None:
     which.set_minor_formatter(NullFormatter())
 
 
+def labelled(marks: Marks) -> list[tuple[float | int, float | int, str]]:
+    """The points that get a label: all, or those on the Pareto front where labels would cover one another."""
+    return marks.points if len(marks.points) <= CROWDED else [p for p in marks.points if p[:2] in marks.front]
+
+
 def _place_labels(figure: Any, ax: Any, marks: Marks) -> None:
     """Puts each label at the first place around its point that hits no other label, point or the frame."""
     from matplotlib.transforms import Bbox
@@ -143,7 +149,8 @@ def _place_labels(figure: Any, ax: Any, marks: Marks) -> None:
     taken += [Bbox.from_bounds(x - 1, y - 1, 2, 2) for x, y in _along(ax, frame, marks)]
     around = ((7, 0), (-7, 0), (0, 8), (0, -8), (6, 7), (-6, 7), (6, -7), (-6, -7))
     places = [(dx * r, dy * r) for r in (1, 2, 3.2) for dx, dy in around]
-    near = {label: box for label, box in zip(marks.points, taken)}
+    named = labelled(marks)
+    near = {label: box for label, box in zip(marks.points, taken) if label in named}
     for (x, y, label), own in near.items():
         best = None
         for dx, dy in places:

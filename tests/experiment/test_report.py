@@ -120,6 +120,14 @@ def test_pareto():
     assert plot.pareto([(3, 1), (1, 3), (2, 4), (2, 2), (4, 1)]) == [(1, 3), (2, 2), (3, 1)]
 
 
+def test_a_crowded_panel_names_the_best_alone():
+    few = plot.Marks([(i, 30 - i, f"p{i}") for i in range(5)], front=[(0, 30)])
+    many = plot.Marks([(i, abs(i - 9) + 1, f"p{i}") for i in range(30)])
+    many.front = plot.pareto([p[:2] for p in many.points])
+    assert len(plot.labelled(few)) == 5
+    assert [name for *_, name in plot.labelled(many)] == [f"p{i}" for i in range(10)]
+
+
 @pytest.mark.parametrize("rows", [ROWS, ROWS[:1], [{"name": "x"}], [ROWS[2]] * 12, [{"name": "n", "file_bytes": 3}]])
 def test_plot_is_drawn_and_labels_stay_apart(rows, monkeypatch):
     boxes, panels = [], []
