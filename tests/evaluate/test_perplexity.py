@@ -135,8 +135,8 @@ def test_published_figures(path, nats, bits):
     text = shared_path("data/corpora/tinystories/ts_val_decoded.txt").read_bytes().decode()
     out = evaluate(model, text, convention="stories-256", batch=15)
     assert out["windows"] == 60
-    # The figures have three decimals; where inputs are int8, the last bit of a product decides roundings further on, which
-    # moves the mean by 1e-4 (products of integers: 1.41945 nats, of the same values as floats: 1.41954).
+    # The figures have three decimals; where inputs are int8, the last bit of a product decides roundings further on,
+    # which moves the mean by 1e-4 (products of integers: 1.41945 nats, of the same values as floats: 1.41954).
     assert out["nats_per_token"] == pytest.approx(nats, abs=7e-4)
     assert out["bits_per_byte"] == pytest.approx(bits, abs=7e-4)
     assert out["file_bytes"] == (shared_path("data/models") / path).stat().st_size
