@@ -199,7 +199,7 @@ def learned(config: Config, ground: Ground, name: str, fmt: str, assignment: Map
         count = o.steps * o.batch_size // (epochs * share) // 2 * 2
         options = BlockOptions(count, valid, epochs=epochs, weight_lr=o.block_lr, quant_lr=1.5 * o.block_lr, seed=seed)
         tokens = tokenize(ground.documents, fp.tokenizer, count + valid, o.seq, seed)
-        params, steps = recipe.before.run(fp, assignment, tokens, options), o.steps // share
+        params, steps = recipe.before.run(fp, assignment, tokens, options, stored=stored), o.steps // share
         if recipe.before.alone:
             return params
     lr = o.lr if bits_of(base.get(fmt)) <= 3 else o.lr_high
