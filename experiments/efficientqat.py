@@ -12,9 +12,7 @@ Expected numbers: KL at int2 3.90 rounded, 1.77 E2E-QP, 0.87 Block-AP, 0.74 both
 """
 
 import dataclasses
-import json
 import os
-import re
 import sys
 import time
 from collections.abc import Callable
@@ -22,19 +20,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-
 from lowbit import qat
-from lowbit.data import rows
-from lowbit.errors import InputError, Stopped
 from lowbit.evaluate.perplexity import evaluate
 from lowbit.evaluate.size import file_bytes, sizes
 from lowbit.experiment import report
+from lowbit.experiment.ground import Ground, fit, kept, open_ground, slug
 from lowbit.experiment.progress import Progress
-from lowbit.experiment.run import Run, write_json
-from lowbit.experiment.texts import Data, first_tokens, read_documents, split
-from lowbit.export.open import open_model
+from lowbit.experiment.run import Run
+from lowbit.experiment.texts import Data
 from lowbit.formats import base
 from lowbit.models.hf import load_hf, save_hf
 from lowbit.models.model import Model
@@ -44,8 +37,6 @@ from lowbit.ptq.calibrate import tokenize
 from lowbit.qat.block_ap import block_ap
 from lowbit.train.block_options import BlockOptions
 from lowbit.train.config import TrainConfig
-from lowbit.train.loop import train
-from lowbit.train.objective import language
 from lowbit.tree import Tree
 
 SHARED = Path(os.environ.get("LOWBIT_SHARED", "../shared")) / "data"
@@ -74,23 +65,18 @@ class Config:
 
 
 def run(config: Config, run: Run) -> None:
-    model = open_model(config.model)
-    if model.tokenizer is None:
-        raise InputError(f"model {config.model} has no tokenizer (allowed: a model with one)")
-    fp = model.replace(params=jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), model.params))
+    g = open_ground(config.model, config.data, config.seq, run)
+    fp, text = g.fp, g.text
     plans = {f: make_plan(config, f).resolve(fp.config.shapes()) for f in config.formats}
-    documents, held_out, _ = split(config.data, model, read_documents(config.data))
-    o, length = config.blocks, min(config.seq, model.config.max_position)
-    tokens = tokenize(documents, model.tokenizer, o.rows + o.valid_rows, o.length or length, o.seed)
-    packed = rows.prepare(documents, model.tokenizer, length, run.path("rows"))
-    text = first_tokens(model, held_out, config.data.eval_tokens)
+    o, length = config.blocks, min(config.seq, fp.config.max_position)
+    tokens = tokenize(g.documents, fp.tokenizer, o.rows + o.valid_rows, o.length or length, o.seed)
     table: list[dict[str, Any]] = []
 
     def measure(name: str, make: Callable[[], Tree], trained: int, **kind: str) -> Path:
         """Makes a model, writes it, and evaluates what was written; keeps what an earlier start did."""
-        slug = re.sub(r"[^a-z0-9]+", "-", name.lower())
-        saved, folder = run.path("measured", f"{slug}.json"), run.path("packed", slug)
-        if not saved.exists():
+        folder = run.path("packed", slug(name))
+
+        def found() -> dict[str, Any]:
             begin = time.monotonic()
             params = make()
             seconds = time.monotonic() - begin
@@ -99,16 +85,17 @@ def run(config: Config, run: Run) -> None:
             written = load_hf(folder)
             scores = evaluate(written, text, fp, config.data.convention)
             row = {"name": name, **kind, **scores, **sizes(written.params), "file_bytes": file_bytes(folder)}
-            write_json(saved, row | {"tokens_trained": trained, "seconds": round(seconds, 1)})
             note = f"{name}: KL {scores['kl_mean']:.4g}, perplexity {scores['perplexity']:.3f}, {seconds:.0f} s"
             print(note, file=sys.stderr, flush=True)
-        table.append(json.loads(saved.read_text()))
+            return row | {"tokens_trained": trained, "seconds": round(seconds, 1)}
+
+        table.append(kept(run.path("measured", f"{slug(name)}.json"), found))
         return folder
 
     each, total = tokens.shape[1] * o.rows * o.epochs, config.e2e_steps * config.e2e_batch * length
     measure("fp", lambda: fp.params, 0, method="fp")
     for fmt, assignment in plans.items():
-        part = partial(end_to_end, config, run, packed, fp, assignment)
+        part = partial(end_to_end, config, run, g, assignment)
         low, high = base.get(fmt).levels
         size = 3 / (high - low)
         measure(f"RTN {fmt}", partial(rtn.quantize, fp.params, assignment), 0, method="RTN", format=fmt)
@@ -132,7 +119,7 @@ def make_plan(config: Config, fmt: str) -> Plan:
 
 
 def by_blocks(config: Config, run: Run, fp: Model, fmt: str, assignment: dict[str, Any], tokens: Any) -> Tree:
-    part = run.sub(re.sub(r"[^a-z0-9]+", "-", f"blocks {fmt}"))
+    part = run.sub(slug(f"blocks {fmt}"))
     part.rewind(-1)  # blocks that are done report again
     with Progress(f"blocks {fmt}", fp.config.num_layers, every=1) as progress:
 
@@ -145,41 +132,10 @@ def by_blocks(config: Config, run: Run, fp: Model, fmt: str, assignment: dict[st
 
 
 def end_to_end(
-    config: Config,
-    run: Run,
-    packed: rows.Rows,
-    fp: Model,
-    assignment: dict[str, Any],
-    name: str,
-    start: Callable[[], Tree],
-    lr: float,
+    config: Config, run: Run, g: Ground, assignment: dict[str, Any], name: str, start: Callable[[], Tree], lr: float
 ) -> Tree:
-    recipe, part = qat.get("e2e-qp"), run.sub(re.sub(r"[^a-z0-9]+", "-", name))
-    every = max(1, config.e2e_steps // 4)
+    recipe = qat.get("e2e-qp")
     same = {"loss": "kl", "steps": config.e2e_steps, "batch_size": config.e2e_batch, "warmup": 2, "log_every": 8}
-    settings = TrainConfig(**recipe.defaults | same | {"lr": lr, "save_every": every, "keep": 1})
-    with Progress(name, settings.steps, settings.log_every) as progress:
-
-        def on_metrics(m: dict[str, Any]) -> None:
-            part.log(**m)
-            progress.update(m["step"], loss=m["loss"])
-
-        def on_resume(step: int) -> None:
-            part.rewind(step)
-            progress.resume(step)
-
-        result = train(
-            recipe.prepare(start(), assignment),
-            lambda step: packed.batch(step, settings.batch_size, settings.seed),
-            language(fp.config, settings, fp.config),
-            settings,
-            teacher=fp.params,
-            directory=part.path("checkpoints"),
-            resume=run.resumed,
-            fingerprint={"rows": dataclasses.asdict(packed.manifest)},
-            on_metrics=on_metrics,
-            on_resume=on_resume,
-        )
-    if result.status == "stopped":
-        raise Stopped(result.message)
-    return recipe.convert(result.params)
+    same |= {"lr": lr, "save_every": max(1, config.e2e_steps // 4), "keep": 1}
+    settings = TrainConfig(**recipe.defaults | same)
+    return recipe.convert(fit(run, name, recipe.prepare(start(), assignment), settings, g.fp, g.packed))

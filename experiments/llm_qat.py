@@ -11,24 +11,21 @@ Expected numbers: KL mean of RTN, real text, its own text: 1.211, 0.794, 0.822 a
 """
 
 import dataclasses
-import json
 import os
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-
 from lowbit import qat
 from lowbit.data import corpus, rows
-from lowbit.errors import InputError, Stopped
+from lowbit.errors import InputError
 from lowbit.evaluate.perplexity import evaluate
 from lowbit.experiment import report
+from lowbit.experiment.ground import fit, ground, kept, slug
 from lowbit.experiment.progress import Progress
 from lowbit.experiment.run import Run, write_json
-from lowbit.experiment.texts import Data, first_tokens, read_documents, split
+from lowbit.experiment.texts import Data
 from lowbit.export.open import open_model
 from lowbit.models import synthesize
 from lowbit.models.model import Model
@@ -36,8 +33,7 @@ from lowbit.plan import Plan, Rule
 from lowbit.ptq import rtn
 from lowbit.qat.llm_qat import as_published
 from lowbit.train.config import TrainConfig
-from lowbit.train.loop import train
-from lowbit.train.objective import language
+from lowbit.tree import Tree
 
 SHARED = Path(os.environ.get("LOWBIT_SHARED", "../shared")) / "data"
 
@@ -71,35 +67,29 @@ class Config:
 
 def run(config: Config, run: Run) -> None:
     model = open_model(config.model)
-    if model.tokenizer is None:
-        raise InputError(f"model {config.model} has no tokenizer (allowed: a model with one)")
     assignments = {bits: assign(bits, model) for bits in config.bits}
-    real, held_out, _ = split(config.data, model, read_documents(config.data))
-    text = first_tokens(model, held_out, config.data.eval_tokens)
-    fp = model.replace(params=jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), model.params))
+    g = ground(model, config.model, config.data, config.opt.seq, run)
+    fp = g.fp
     written = run.path("written.jsonl")
     if not written.exists():
         with Progress("synthesize", synthesize.check(fp, config.synthesis), pause=2.0) as progress:
             done = synthesize.write(fp, config.synthesis, written, lambda done, _, rate: progress.update(done))
         write_json(run.path("written.json"), dataclasses.asdict(done))
     own = rows.prepare(corpus.documents(written), model.tokenizer, config.opt.seq, run.path("rows-own"))
-    packed = {
-        "real text": rows.prepare(real, model.tokenizer, config.opt.seq, run.path("rows-real")),
-        "its own text": own,
-    }
+    packed = {"real text": g.packed, "its own text": own}
 
     table: list[dict[str, Any]] = []
 
     def measure(name: str, make: Any, **kind: str) -> None:
-        saved = run.path("measured", name.replace(" ", "-") + ".json")
-        if not saved.exists():
+        def found() -> dict[str, Any]:
             start = time.monotonic()
             params = make()
             seconds = time.monotonic() - start
-            scores = evaluate(fp.replace(params=params), text, fp, config.data.convention)
-            write_json(saved, {"name": name, **kind, **scores, "seconds": round(seconds, 1)})
+            scores = evaluate(fp.replace(params=params), g.text, fp, config.data.convention)
             print(f"{name}: KL {scores['kl_mean']:.4g}, perplexity {scores['perplexity']:.4f}", file=sys.stderr)
-        table.append(json.loads(saved.read_text()))
+            return {"name": name, **kind, **scores, "seconds": round(seconds, 1)}
+
+        table.append(kept(run.path("measured", f"{slug(name)}.json"), found))
 
     measure("fp", lambda: fp.params, method="fp")
     for bits, assignment in assignments.items():
@@ -137,33 +127,12 @@ def assign(bits: str, model: Model) -> dict[str, Any]:
     return {site: as_published(site, fmt) for site, fmt in assignment.items()}
 
 
-def trained(config: Config, run: Run, name: str, fp: Model, packed: rows.Rows, assignment: dict[str, Any]) -> Any:
+def trained(config: Config, run: Run, name: str, fp: Model, packed: rows.Rows, assignment: dict[str, Any]) -> Tree:
     """Packed parameters after training; goes on from a checkpoint in a resumed run."""
     recipe, opt = qat.get(config.recipe), config.opt
     same = {"steps": opt.steps, "batch_size": opt.batch_size, "lr": opt.lr, "seed": opt.seed, "loss": "kl"}
     settings = TrainConfig(**recipe.defaults | same | {"log_every": 10, "keep": 1})
-    part = run.sub(name.replace(" ", "-"))
-    with Progress(name, settings.steps, settings.log_every) as progress:
-
-        def on_metrics(m: dict[str, Any]) -> None:
-            part.log(**m)
-            progress.update(m["step"], loss=m["loss"])
-
-        result = train(
-            recipe.prepare(fp.params, assignment),
-            lambda step: packed.batch(step, settings.batch_size, settings.seed),
-            language(fp.config, settings, fp.config),
-            settings,
-            teacher=fp.params,
-            directory=part.path("checkpoints"),
-            resume=run.resumed,
-            fingerprint={"rows": dataclasses.asdict(packed.manifest)},
-            on_metrics=on_metrics,
-            on_resume=part.rewind,
-        )
-    if result.status == "stopped":
-        raise Stopped(result.message)
-    return recipe.convert(result.params)
+    return recipe.convert(fit(run, name, recipe.prepare(fp.params, assignment), settings, fp, packed))
 
 
 def dry_run(config: Config) -> dict[str, Any]:

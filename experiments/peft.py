@@ -11,37 +11,25 @@ Expected numbers: KL of nf4:dq 0.092 rounded, 0.038 QLoRA, 0.031 LoftQ; of q4_1 
 """
 
 import dataclasses
-import inspect
-import json
 import os
-import re
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-
 from lowbit import qat
-from lowbit import tree as trees
-from lowbit.data import rows
-from lowbit.errors import InputError
 from lowbit.evaluate.perplexity import evaluate
 from lowbit.experiment import report
-from lowbit.experiment.config import load
-from lowbit.experiment.run import Run, write_json
-from lowbit.experiment.texts import Data, first_tokens, read_documents, split
-from lowbit.export.open import open_model
+from lowbit.experiment.ground import Ground, fit, kept, open_ground, rest_bf16, slug
+from lowbit.experiment.run import Run
+from lowbit.experiment.texts import Data
 from lowbit.models.hf import load_hf, save_hf
-from lowbit.models.model import Model
+from lowbit.plan import Plan, Rule
 from lowbit.ptq import rtn
 from lowbit.qat import adapters
 from lowbit.train.config import TrainConfig
-from lowbit.tree import Tree
 
 SHARED = Path(os.environ.get("LOWBIT_SHARED", "../shared")) / "data"
-# What every experiment on one model and one text shares: the plan, and training that resumes.
-quickstart = inspect.getmodule(load(Path(__file__).with_name("quickstart.py")).run)
 ROWS = (
     "rtn bf16",
     "rtn nf4:dq",
@@ -83,22 +71,12 @@ class Config:
 
 
 def run(config: Config, run: Run) -> None:
-    documents = read_documents(config.data)
-    base = open_model(config.model)
-    if base.tokenizer is None:
-        raise InputError(f"model {config.model} has no tokenizer (allowed: a model with one)")
-    fp = base.replace(params=jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), base.params))
-    train_documents, held_out, _ = split(config.data, base, documents)
-    packed = rows.prepare(train_documents, base.tokenizer, config.opt.seq, run.path("rows"))
-    text = first_tokens(base, held_out, config.data.eval_tokens)
-    table = []
-    for name in config.rows:
-        saved = run.path("measured", f"{slug(name)}.json")
-        if not saved.exists():
-            write_json(saved, measure(config, run, fp, packed, text, name))
-        table.append(json.loads(saved.read_text()))
+    g = open_ground(config.model, config.data, config.opt.seq, run)
+    table = [
+        kept(run.path("measured", f"{slug(name)}.json"), partial(measure, config, run, g, name)) for name in config.rows
+    ]
     notes = (
-        f"{len(held_out)} held-out documents, {config.data.eval_tokens} tokens of them at most; each trained row saw "
+        f"{g.held_out} held-out documents, {config.data.eval_tokens} tokens of them at most; each trained row saw "
         f"{config.opt.steps * config.opt.batch_size * config.opt.seq} tokens; `{'`, `'.join(config.keep)}` stays bf16."
     )
     paths = report.write_report(table, run.path("report"), "Adapters over packed weights", notes)
@@ -106,10 +84,11 @@ def run(config: Config, run: Run) -> None:
     print(report.text_table(table), flush=True)
 
 
-def measure(config: Config, run: Run, fp: Model, packed: rows.Rows, text: str, name: str) -> dict[str, Any]:
+def measure(config: Config, run: Run, g: Ground, name: str) -> dict[str, Any]:
     """One row, evaluated from the packed folder that it was saved to."""
+    fp, text, o = g.fp, g.text, config.opt
     recipe_name, fmt = name.split()
-    assignment = quickstart.make_plan(config, fmt).resolve(fp.config.shapes())
+    assignment = Plan(tuple(Rule(k, "bf16") for k in config.keep), fmt).resolve(fp.config.shapes())
     begin, start, trained = time.monotonic(), None, 0
     if recipe_name == "rtn":
         params = rtn.quantize(fp.params, assignment)
@@ -118,7 +97,15 @@ def measure(config: Config, run: Run, fp: Model, packed: rows.Rows, text: str, n
         params = recipe.prepare(fp.params, assignment)
         trained = adapters.parameters(params)
         start = evaluate(fp.replace(params=params), text, fp)["kl_mean"]
-        params = recipe.convert(fit(config, run, packed, fp, params, name))
+        own = {
+            "steps": o.steps,
+            "batch_size": o.batch_size,
+            "lr": o.lr,
+            "seed": o.seed,
+            "save_every": max(1, o.steps // 4),
+        }
+        settings = TrainConfig(**own, warmup=2, loss="kl", log_every=8, keep=1)
+        params = recipe.convert(fit(run, f"train {name}", params, settings, fp, g.packed))
     seconds = time.monotonic() - begin
     folder = run.path("models", slug(name))
     save_hf(fp.replace(params=rest_bf16(params)), folder, dtype=None, packed=True)
@@ -127,29 +114,3 @@ def measure(config: Config, run: Run, fp: Model, packed: rows.Rows, text: str, n
     row = {"name": name, "kl_start": start, "kl_mean": scores["kl_mean"]}
     row |= {k: scores[k] for k in ("same_top1", "perplexity", "bits_per_weight_quantized")}
     return row | {"trained": trained, "seconds": round(seconds, 1)}
-
-
-def fit(config: Config, run: Run, packed: rows.Rows, fp: Model, params: Tree, name: str) -> Tree:
-    """`params` after training by forward KL to `fp`."""
-    o = config.opt
-    settings = TrainConfig(
-        steps=o.steps,
-        batch_size=o.batch_size,
-        lr=o.lr,
-        seed=o.seed,
-        warmup=2,
-        loss="kl",
-        log_every=8,
-        save_every=max(1, o.steps // 4),
-        keep=1,
-    )
-    return quickstart.fit(run, f"train {name}", packed, fp, params, settings)
-
-
-def rest_bf16(params: Tree) -> Tree:
-    """What is not quantized, in bf16 as it is stored; packed weights and their adapters as they are."""
-    return trees.map_leaves(lambda _, x: x.astype(jnp.bfloat16) if isinstance(x, jax.Array) else x, params)
-
-
-def slug(name: str) -> str:
-    return re.sub(r"[^a-z0-9_]+", "-", name.lower())

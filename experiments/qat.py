@@ -11,40 +11,33 @@ Expected numbers: learned scales ahead of fitted ones at 3 bits and below; docs/
 """
 
 import dataclasses
-import json
 import math
 import os
-import re
 import statistics
 import sys
 import time
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-
 from lowbit import qat
-from lowbit.data import rows as data_rows
-from lowbit.errors import InputError, Stopped
+from lowbit.errors import InputError
 from lowbit.evaluate.perplexity import evaluate
 from lowbit.evaluate.size import sizes
 from lowbit.experiment import report
-from lowbit.experiment.run import Run, write_json
-from lowbit.experiment.texts import Data, first_tokens, read_documents, split
+from lowbit.experiment.ground import Ground, fit, ground, kept, slug
+from lowbit.experiment.run import Run
+from lowbit.experiment.texts import Data
 from lowbit.export.open import open_model
 from lowbit.formats import base
 from lowbit.formats.base import Format
-from lowbit.models.model import Model
 from lowbit.plan import Plan, Rule
 from lowbit.ptq import base as solvers
 from lowbit.ptq import calibrate, rtn
 from lowbit.ptq.calibrate import tokenize
 from lowbit.train.block_options import BlockOptions
 from lowbit.train.config import TrainConfig
-from lowbit.train.loop import train
-from lowbit.train.objective import language
 from lowbit.tree import Tree
 
 SHARED = Path(os.environ.get("LOWBIT_SHARED", "../shared")) / "data"
@@ -99,7 +92,7 @@ class Config:
     model: str = str(SHARED / "models/stories260K/stories260K.bin")
     """Folder, file, run directory, hub id or name in the package."""
     rows: tuple[str, ...] = ROWS
-    """Each "RECIPE FORMAT" or "SOLVER FORMAT"."""
+    """Each "RECIPE FORMAT" or "SOLVER FORMAT", and the activation format of its linears if it is not `act`."""
     seeds: tuple[int, ...] = (0, 1, 2)
     keep: tuple[str, ...] = (r".*\.mlp\.down_proj",)
     """Regular expressions of weights that stay as they are (rows of 172 have no group of 64)."""
@@ -109,36 +102,19 @@ class Config:
     opt: Opt = Opt()
 
 
-@dataclasses.dataclass(frozen=True)
-class Ground:
-    """What all rows share."""
-
-    fp: Model
-    documents: list[str]
-    packed: data_rows.Rows
-    text: list[str]
-
-
 def run(config: Config, run: Run) -> None:
     model = open_model(config.model)
-    if model.tokenizer is None:
-        raise InputError(f"model {config.model} has no tokenizer (allowed: a model with one)")
-    cases = [parse(row) for row in config.rows]
-    fp = model.replace(params=jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), model.params))
-    for _, fmt in cases:
-        make_plan(config, fmt).resolve(fp.config.shapes())  # refuses before hours of work
-    documents, held_out, _ = split(config.data, model, read_documents(config.data))
-    packed = data_rows.prepare(documents, model.tokenizer, config.opt.seq, run.path("rows"))
-    ground = Ground(fp, documents, packed, first_tokens(model, held_out, config.data.eval_tokens))
-    table = [{"name": "fp", "method": "fp", "bits": 16.0, **evaluate(fp, ground.text, fp, config.data.convention)}]
-    for recipe, fmt in cases:
-        found = []
-        for seed in (0,) if recipe in SOLVERS else config.seeds:
-            saved = run.path("measured", slug(f"{recipe} {fmt} {seed}") + ".json")
-            if not saved.exists():
-                write_json(saved, measure(config, ground, recipe, fmt, seed))
-            found.append(json.loads(saved.read_text()))
-        table.append(summarize(found))
+    cases = {row: parse(config, row) for row in config.rows}
+    for _, fmt, act in cases.values():
+        make_plan(config, fmt, act).resolve(model.config.shapes())  # refuses before hours of work
+    g = ground(model, config.model, config.data, config.opt.seq, run)
+    table = [{"name": "fp", "method": "fp", "bits": 16.0, **evaluate(g.fp, g.text, g.fp, config.data.convention)}]
+    for name, case in cases.items():
+        seeds = (0,) if case[0] in SOLVERS else config.seeds
+        one = partial(measure, config, run, g, *case)
+        table.append(
+            summarize([kept(run.path("measured", slug(f"{name} {n}") + ".json"), partial(one, n)) for n in seeds])
+        )
         row = table[-1]
         print(f"{row['name']}: KL {row['kl_mean']:.4g} +- {row['kl_sd']:.2g}", file=sys.stderr, flush=True)
     hidden = ("types", "convention", "tokens", "windows", "perplexity_stderr", "kl_mean_stderr")
@@ -154,51 +130,50 @@ def run(config: Config, run: Run) -> None:
     print(report.text_table(shown), flush=True)
 
 
-def parse(row: str) -> tuple[str, str]:
-    """The recipe (or solver) and the format of a row, both known. Raises `InputError`."""
+def parse(config: Config, row: str) -> tuple[str, str, str]:
+    """The recipe (or solver), the format and the activation format ("": none) of a row. Raises `InputError`."""
     words = row.split()
-    if len(words) != 2:
-        raise InputError(f"row {row!r} (allowed: RECIPE FORMAT, such as 'lsq int4:g64')")
+    if len(words) not in (2, 3):
+        raise InputError(f"row {row!r} (allowed: RECIPE FORMAT [INPUT FORMAT], such as 'lsq int4:g64 int4:lsq')")
     if words[0] not in SOLVERS:
         qat.get(words[0])
-    return words[0], base.get(words[1]).name
+    return words[0], base.get(words[1]).name, words[2] if len(words) == 3 else config.act
 
 
-def make_plan(config: Config, fmt: str) -> Plan:
+def make_plan(config: Config, fmt: str, act: str) -> Plan:
     rules = [Rule(k, "bf16") for k in config.keep]
-    rules += [Rule(r"model\.layers\..*:in", config.act)] if config.act else []
+    rules += [Rule(r"model\.layers\..*:in", act)] if act else []
     return Plan(tuple(rules), fmt)
 
 
-def measure(config: Config, ground: Ground, recipe: str, fmt: str, seed: int) -> dict[str, Any]:
+def measure(config: Config, run: Run, g: Ground, recipe: str, fmt: str, act: str, seed: int) -> dict[str, Any]:
     """One run: makes the model, packs it and evaluates what was packed."""
-    fp, start = ground.fp, time.monotonic()
-    assignment = make_plan(config, fmt).resolve(fp.config.shapes())
+    name, start = f"{recipe} {fmt} {act}".strip(), time.monotonic()
+    assignment = make_plan(config, fmt, act).resolve(g.fp.config.shapes())
     if recipe in SOLVERS:
         options = {"rows": 64, "length": config.opt.seq} if recipe == "gptq" else {}
-        params = solvers.get(recipe).quantize(fp, assignment, ground.documents, **options)
+        params = solvers.get(recipe).quantize(g.fp, assignment, g.documents, **options)
     else:
-        params = learned(config, ground, recipe, fmt, assignment, seed)
+        params = learned(config, run, g, recipe, fmt, assignment, seed)
     seconds = time.monotonic() - start
-    done = fp.replace(params=params)
-    scores = evaluate(done, ground.text, fp, config.data.convention)
-    row = {"name": f"{recipe} {fmt}", "method": recipe, "format": fmt, "bits": bits_of(base.get(fmt))}
+    scores = evaluate(g.fp.replace(params=params), g.text, g.fp, config.data.convention)
+    row = {"name": name, "method": recipe, "format": fmt, "bits": bits_of(base.get(fmt))}
     row |= scores | {"file_bytes": sizes(params)["stored_bytes"], "seconds": round(seconds, 1)}
-    print(f"{recipe} {fmt} seed {seed}: KL {scores['kl_mean']:.4g}, {seconds:.0f} s", file=sys.stderr, flush=True)
+    print(f"{name} seed {seed}: KL {scores['kl_mean']:.4g}, {seconds:.0f} s", file=sys.stderr, flush=True)
     return row
 
 
-def learned(config: Config, ground: Ground, name: str, fmt: str, assignment: Mapping[str, Any], seed: int) -> Tree:
+def learned(config: Config, run: Run, g: Ground, name: str, fmt: str, assignment: Mapping[str, Any], seed: int) -> Tree:
     """The packed parameters after the recipe, with the tokens of `config.opt` over all of its phases."""
-    fp, o, recipe = ground.fp, config.opt, qat.get(name)
-    stored = rtn.ranges(fp.config, calibrate.readers_of(fp.params), fp.tokenizer, assignment, ground.documents)
+    fp, o, recipe = g.fp, config.opt, qat.get(name)
+    stored = rtn.ranges(fp.config, calibrate.readers_of(fp.params), fp.tokenizer, assignment, g.documents)
     params, steps = fp.params, o.steps
     if recipe.before is not None:
         share = 1 if recipe.before.alone else 2
         epochs, valid = 2, 16
         count = o.steps * o.batch_size // (epochs * share) // 2 * 2
         options = BlockOptions(count, valid, epochs=epochs, weight_lr=o.block_lr, quant_lr=1.5 * o.block_lr, seed=seed)
-        tokens = tokenize(ground.documents, fp.tokenizer, count + valid, o.seq, seed)
+        tokens = tokenize(g.documents, fp.tokenizer, count + valid, o.seq, seed)
         params, steps = recipe.before.run(fp, assignment, tokens, options, stored=stored), o.steps // share
         if recipe.before.alone:
             return params
@@ -206,19 +181,12 @@ def learned(config: Config, ground: Ground, name: str, fmt: str, assignment: Map
     if name in ("e2e-qp", "efficientqat"):  # scales of N bits are about 3 / (2^N - 1) as large, and so is their rate
         low, high = base.get(fmt).levels
         lr = o.e2e_lr * (0.1 if recipe.before is not None else 1.0) * 3 / (high - low)
-    own = {"steps": steps, "batch_size": o.batch_size, "lr": lr, "warmup": o.warmup, "seed": seed, "log_every": 8}
-    settings = TrainConfig(**{"scale_lr": o.scale_lr, "loss": "kl"} | recipe.defaults | {"loss": "kl"} | own)
-    done = train(
-        recipe.prepare(params, assignment, stored=stored),
-        lambda step: ground.packed.batch(step, settings.batch_size, seed),
-        language(fp.config, settings, fp.config),
-        settings,
-        teacher=fp.params,
-        wrap=recipe.wrap,
-    )
-    if done.status == "stopped":
-        raise Stopped("stopped within a row: the same command with --resume starts that row again")
-    return recipe.convert(done.params)
+    own = {"steps": steps, "batch_size": o.batch_size, "lr": lr, "warmup": o.warmup, "seed": seed, "loss": "kl"}
+    settings = TrainConfig(**{"scale_lr": o.scale_lr} | recipe.defaults | own | {"log_every": o.steps, "keep": 1})
+    start = recipe.prepare(params, assignment, stored=stored)
+    inputs = sorted({f.name for site, f in assignment.items() if site.endswith(":in")})
+    title = " ".join([name, fmt, *inputs, str(seed)])
+    return recipe.convert(fit(run, title, start, settings, fp, g.packed, recipe.wrap))
 
 
 def bits_of(fmt: Format) -> float:
@@ -232,7 +200,3 @@ def summarize(found: list[dict[str, Any]]) -> dict[str, Any]:
     kl = [row["kl_mean"] for row in found]
     means = {k: statistics.fmean(r[k] for r in found) for k in ("kl_mean", "perplexity", "same_top1", "seconds")}
     return found[0] | means | {"kl_sd": statistics.stdev(kl) if len(kl) > 1 else 0.0}
-
-
-def slug(name: str) -> str:
-    return re.sub(r"[^a-z0-9_+.]+", "-", name.lower())

@@ -11,8 +11,6 @@ Expected numbers: KL mean of RTN and QAT 0.0106 and 0.0062 at q4_0, 0.273 and 0.
 """
 
 import dataclasses
-import json
-import re
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -23,19 +21,17 @@ import jax
 import jax.numpy as jnp
 
 from lowbit import qat
-from lowbit import tree as trees
 from lowbit.data import contamination, rows
 from lowbit.data.tokenizer import ByteTokenizer
-from lowbit.errors import InputError, Stopped
+from lowbit.errors import InputError
 from lowbit.evaluate.perplexity import evaluate
 from lowbit.experiment import report
-from lowbit.experiment.progress import Progress
-from lowbit.experiment.run import Run, write_json
-from lowbit.experiment.texts import HASHES, Data, first_tokens, read_documents, split
+from lowbit.experiment.ground import Ground, fit, ground, kept, rest_bf16, slug
+from lowbit.experiment.run import Run
+from lowbit.experiment.texts import HASHES, Data, read_documents
 from lowbit.export.api import export
 from lowbit.export.open import open_model
 from lowbit.formats import base as formats
-from lowbit.formats.base import QTensor
 from lowbit.models.config import ModelConfig
 from lowbit.models.decoder import init_params
 from lowbit.models.hf import load_hf, save_hf
@@ -44,7 +40,6 @@ from lowbit.plan import Plan, Rule
 from lowbit.ptq import rtn
 from lowbit.train import memory
 from lowbit.train.config import TrainConfig
-from lowbit.train.loop import train
 from lowbit.train.objective import language
 from lowbit.tree import Tree
 
@@ -95,53 +90,48 @@ class Config:
 def run(config: Config, run: Run) -> None:
     documents = read_documents(config.data)
     base = pretrained(config, run, documents) if config.pretrain else open_model(config.model)
-    if base.tokenizer is None:
-        raise InputError(f"model {config.model} has no tokenizer (allowed: a model with one)")
     shapes = base.config.shapes()
     assignments = {f: make_plan(config, f).resolve(shapes) for f in config.formats}
-    fp = base.replace(params=jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), base.params))
-    train_documents, held_out, overlap = split(config.data, base, documents)
-    length = min(config.opt.seq, base.config.max_position)
-    packed = rows.prepare(train_documents, base.tokenizer, length, run.path("rows"))
-    text = first_tokens(base, held_out, config.data.eval_tokens)
+    g = ground(base, config_name(config), config.data, config.opt.seq, run, documents)
+    fp = g.fp
     table: list[dict[str, Any]] = []
 
     def measure(name: str, make: Callable[[], Tree], target: str = "gguf:auto", **kind: str) -> None:
         """Makes a model, exports it, reads the file back, evaluates what was read; keeps a row of an earlier start."""
-        slug = re.sub(r"[^a-z0-9_]+", "-", name.lower())
-        saved = run.path("measured", f"{slug}.json")
-        if not saved.exists():
+
+        def found() -> list[dict[str, Any]]:
             start = time.monotonic()
             params = make()
             seconds = time.monotonic() - start
-            file = run.path("export", f"{slug}.gguf")
+            file = run.path("export", f"{slug(name)}.gguf")
             written = export(fp.replace(params=params), target, file)
             first = not table
-            scores = evaluate(open_model(file), text, fp, config.data.convention, self_noise=first)
+            scores = evaluate(open_model(file), g.text, fp, config.data.convention, self_noise=first)
             floor = {"name": "fp in bfloat16 (noise floor)", "method": "noise"} | scores.pop("self_noise", {})
             row = {"name": name, **kind, **scores, "seconds": round(seconds, 1)}
             row |= {"types": written["types"], "kl_export": written["kl_mean"]}
-            write_json(saved, [row, floor] if first else [row])
             say(f"{name}: KL {scores['kl_mean']:.4g}, perplexity {scores['perplexity']:.3f}, {seconds:.0f} s")
-        table.extend(json.loads(saved.read_text()))
+            return [row, floor] if first else [row]
+
+        table.extend(kept(run.path("measured", f"{slug(name)}.json"), found))
 
     plain = all(a.dtype == jnp.bfloat16 for a in jax.tree.leaves(base.params))
     measure("fp", lambda: base.params, "gguf:BF16" if plain else "gguf:F32", method="fp")
     plain_training = config.opt.config(config.opt.lr_high, loss="ce")
-    longer = partial(trained, config, run, packed, fp, "fp", {}, plain_training)
+    longer = partial(trained, run, g, "fp", {}, plain_training)
     measure("fp, trained equally long", longer, "gguf:BF16", method="fp")
     for fmt, assignment in assignments.items():
         low = low_bit(config, fmt, shapes)
         settings = config.opt.config(config.opt.lr if low else config.opt.lr_high, loss="kl")
         measure(f"RTN {fmt}", partial(rounded, fp, assignment), method="RTN", format=fmt)
         assignment = make_plan(config, learner(fmt)).resolve(shapes)
-        learned = partial(trained, config, run, packed, fp, fmt, assignment, settings)
+        learned = partial(trained, run, g, fmt, assignment, settings)
         measure(f"QAT {fmt}", learned, method="QAT", format=fmt)
 
-    tokens = config.opt.steps * config.opt.batch_size * length
+    tokens = config.opt.steps * config.opt.batch_size * min(config.opt.seq, base.config.max_position)
     hidden = ("types", "convention", "tokens", "windows", "perplexity_stderr", "kl_mean_stderr")
     shown = [{k: v for k, v in row.items() if k not in hidden} for row in table]
-    notes = describe(config, table[0], tokens, len(train_documents), len(held_out), overlap)
+    notes = describe(config, table[0], tokens, g)
     paths = report.write_report(shown, run.path("report"), f"Quickstart: {config_name(config)}", notes)
     run.summary(rows=table, report=str(paths["report.html"]), tokens_trained=tokens)
     print(report.text_table(shown), flush=True)
@@ -196,54 +186,11 @@ def rounded(fp: Model, assignment: dict[str, Any]) -> Tree:
     return rest_bf16(rtn.quantize(fp.params, assignment))
 
 
-def trained(
-    config: Config,
-    run: Run,
-    packed: rows.Rows,
-    fp: Model,
-    name: str,
-    assignment: dict[str, Any],
-    settings: TrainConfig,
-) -> Tree:
-    """`fp` after training by recipe ste-learned (without an `assignment`: plain training), as it is stored."""
+def trained(run: Run, g: Ground, name: str, assignment: dict[str, Any], settings: TrainConfig) -> Tree:
+    """The model after training by recipe ste-learned (without an `assignment`: plain training), as it is stored."""
     recipe = qat.get("ste-learned")
-    params = fit(run, f"train {name}", packed, fp, recipe.prepare(fp.params, assignment), settings)
+    params = fit(run, f"train {name}", recipe.prepare(g.fp.params, assignment), settings, g.fp, g.packed)
     return rest_bf16(recipe.convert(params))
-
-
-def fit(run: Run, name: str, packed: rows.Rows, fp: Model, params: Tree, settings: TrainConfig) -> Tree:
-    """Trains `params`, with `fp` as teacher where the loss has one; goes on from a checkpoint in a resumed run."""
-    part = run.sub(re.sub(r"[^a-z0-9_]+", "-", name))
-    with Progress(name, settings.steps, settings.log_every) as progress:
-
-        def on_metrics(m: dict[str, Any]) -> None:
-            part.log(**m)
-            progress.update(m["step"], loss=m["loss"], tokens_per_second=round(m["tokens_per_second"]))
-
-        def on_resume(step: int) -> None:
-            part.rewind(step)
-            progress.resume(step)
-
-        result = train(
-            params,
-            lambda step: packed.batch(step, settings.batch_size, settings.seed),
-            language(fp.config, settings, fp.config),
-            settings,
-            teacher=None if settings.loss == "ce" else fp.params,
-            directory=part.path("checkpoints"),
-            resume=run.resumed,
-            fingerprint={"rows": dataclasses.asdict(packed.manifest)},
-            on_metrics=on_metrics,
-            on_resume=on_resume,
-        )
-    if result.status == "stopped":
-        raise Stopped(result.message)
-    return result.params
-
-
-def rest_bf16(params: Tree) -> Tree:
-    """What is not quantized, in bf16 as it is stored; codes and scales as they are."""
-    return trees.map_leaves(lambda _, x: x if isinstance(x, QTensor) else x.astype(jnp.bfloat16), params)
 
 
 def tiny(config: Config, tokenizer: ByteTokenizer) -> ModelConfig:
@@ -276,27 +223,25 @@ def pretrained(config: Config, run: Run, documents: list[str]) -> Model:
             5e-3, steps=config.pretrain_steps, loss="ce", optimizer="muon", schedule="wsd", decay=0.5
         )
         params = init_params(model.config, jax.random.key(config.opt.seed))
-        params = fit(run, "pretrain", packed, model, params, settings)
+        params = fit(run, "pretrain", params, settings, model, packed)
         if not out.exists():
             save_hf(model.replace(params=params), out)
         contamination.Contamination.of(half).save(out / HASHES)
     return load_hf(out)
 
 
-def describe(
-    config: Config, fp: dict[str, Any], tokens: int, train_count: int, eval_count: int, overlap: int | None
-) -> str:
+def describe(config: Config, fp: dict[str, Any], tokens: int, g: Ground) -> str:
     """The text above the table."""
     rules = [f"`{k}` stays bf16" for k in config.keep] + ["every other linear inside blocks gets the row's format"]
     source = config.data.path or config.data.hub or "the text of this Python installation"
     pretraining = (
         "what the model was pretrained on is not known"
-        if overlap is None
-        else f"{overlap} left out because the model was pretrained on a part of them"
+        if g.overlap is None
+        else f"{g.overlap} left out because the model was pretrained on a part of them"
     )
     return "\n\n".join(
         [
-            f"Text: {source}; {train_count} documents trained on, {eval_count} held out, {pretraining};"
+            f"Text: {source}; {len(g.documents)} documents trained on, {g.held_out} held out, {pretraining};"
             f" {fp['tokens']} tokens evaluated, convention {fp['convention']}, reference the fp model in float32.",
             f"Each trained row: {tokens} tokens. QAT minimises forward KL to the fp model, by straight-through"
             " estimation with scales that start from an MSE search and are learned (LSQ).",
