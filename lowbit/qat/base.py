@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, Protocol
 
 from lowbit.errors import InputError, unknown
 from lowbit.models.model import Model
+from lowbit.ptq.calibrate import Readers
 from lowbit.qat import latents
 from lowbit.qat.latents import Assignment, Start, Stored
 from lowbit.train.block_options import BlockOptions
@@ -40,9 +41,11 @@ class RunBefore(Protocol):
         directory: str | Path | None = None,
         on_block: Callable[[dict[str, Any], int], None] | None = None,
         stored: Stored | None = None,
+        read: Readers | None = None,
     ) -> Tree:
         """The parameters that `prepare` gets; state lies in `directory`, and the same call goes on where one was
-        interrupted. `on_block(report, blocks)` is called after each block, also those done earlier."""
+        interrupted. `on_block(report, blocks)` is called after each block, also those done earlier. With `read`, which
+        gives the model's leaves one at a time, `model.params` may be abstract."""
         ...
 
 

@@ -9,9 +9,9 @@ in all its weights, scales and zero points, by Adam with one rate for weights an
 each epoch the error on rows that are not trained on decides: the best epoch is kept (rounding to nearest counts as
 one), and a block without progress is done.
 
-Memory: the float model as it came, float32 weights, gradients and two moments of *one* block, and on the host two
-streams of `rows * length * hidden * 4` bytes. One program is compiled for all blocks of one shape. A block that is done
-lies on disk, packed, before the next one starts.
+Memory: float32 weights, gradients and two moments of *one* block, on the host two streams of
+`rows * length * hidden * 4` bytes, the packed blocks, and the float model only where the caller holds it (`read`). One
+program is compiled for all blocks of one shape. A block that is done lies on disk, packed, before the next one starts.
 """
 
 import hashlib
@@ -39,7 +39,7 @@ from lowbit.models.decoder import block
 from lowbit.models.model import Model
 from lowbit.plan import encoded_bytes
 from lowbit.ptq import rtn
-from lowbit.ptq.calibrate import Stream, working
+from lowbit.ptq.calibrate import Readers, Stream, readers_of, working
 from lowbit.ptq.folder import block_facts, stored_block, write_block
 from lowbit.qat.latents import Stored, convert, learned, prepare
 from lowbit.train.block_options import BlockOptions
@@ -68,6 +68,7 @@ def block_ap(
     directory: str | Path | None = None,
     on_block: Callable[[dict[str, Any], int], None] | None = None,
     stored: Stored | None = None,
+    read: Readers | None = None,
 ) -> Tree:
     """The model's parameters with the sites of `assignment` (see `Plan.resolve`) packed after Block-AP.
 
@@ -75,9 +76,10 @@ def block_ap(
     of the layers are rounded to nearest; norms, biases and kept linears stay as they are. Activation and cache formats
     act on the student while it learns. With a `directory`, each finished block is kept there, and the same call (model,
     assignment, tokens and options) goes on behind the last one, to the same bits; another one starts anew.
-    `on_block(report, blocks)` gets of each layer, also of one that an earlier call finished: `block`, `weights`,
-    `start_mse`, `valid_mse`, `train_mse` (of the epoch that was kept), `best_epoch`, `epochs`, `seconds` and
-    `seconds_per_million_weights`.
+    `read` gives the model's leaves one at a time (see `lowbit.models.hf.readers`); `model.params` may then be abstract,
+    and no more than one block of the float model is in memory. `on_block(report, blocks)` gets of each layer, also of
+    one that an earlier call finished: `block`, `weights`, `start_mse`, `valid_mse`, `train_mse` (of the epoch that was
+    kept), `best_epoch`, `epochs`, `seconds` and `seconds_per_million_weights`.
 
     Raises `InputError` for too few rows, sites that do not exist, cannot be trained or are quantized already, and when
     an error is not finite; `Stopped` after SIGTERM or Ctrl-C.
@@ -88,36 +90,35 @@ def block_ap(
             f"Block-AP has {len(tokens_BT)} rows of tokens (needed: {o.rows} to train and {o.valid_rows} to validate)"
         )
     tokens_BT = np.asarray(tokens_BT[: o.rows + o.valid_rows], np.int32)
-    flat = dict(trees.items(params))
-    inside = {i: {p: a for p, a in flat.items() if p.startswith(f"model.layers.{i}.")} for i in range(c.num_layers)}
+    read = readers_of(params) if read is None else read
+    inside = {i: [p for p in read if p.startswith(f"model.layers.{i}.")] for i in range(c.num_layers)}
     sites = {i: {s: f for s, f in assignment.items() if s.startswith(f"model.layers.{i}.")} for i in inside}
     outside = {s: f for s, f in assignment.items() if not any(s in own for own in sites.values())}
     rtn.check_paths(params, outside)
     within = {s: f for own in sites.values() for s, f in own.items()}
     jax.eval_shape(lambda p: prepare(p, within, learned, stored), params)  # refuses what cannot be, computes nothing
-    out = {
-        p: rtn.quantize_leaf(p, a, outside, stored)
-        for p, a in flat.items()
-        if not any(p in own for own in inside.values())
-    }
+    layers = {p for own in inside.values() for p in own}
+    out = {p: rtn.quantize_leaf(p, _array(leaf()), outside, stored) for p, leaf in read.items() if p not in layers}
     float_stream, stream = Stream(c, tokens_BT), Stream(c, tokens_BT)
-    key = _first_key(c, tokens_BT, assignment, o, {"model.embed_tokens": flat["model.embed_tokens"], **(stored or {})})
+    embed = "model.embed_tokens"
+    key = _first_key(c, tokens_BT, assignment, o, {embed: read[embed](), **(stored or {})})
     done = [_Stored(None if directory is None else Path(directory) / f"{i:05}") for i in range(c.num_layers)]
     at = None  # the block whose inputs the streams hold; what is done already is passed only if something follows
 
     def advance(to: int) -> None:
         nonlocal at
         if at is None:
-            float_stream.start(flat["model.embed_tokens"])
-            stream.start(out["model.embed_tokens"])
+            float_stream.start(read[embed]())
+            stream.start(out[embed])
             at = 0
         for j in range(at, to):
-            float_stream.advance(working(_layer(j, inside[j])), j)
+            float_stream.advance(working(_layer(j, {p: _array(read[p]()) for p in inside[j]})), j)
             stream.advance(working(_layer(j, out)), j)
         at = to
 
     with stop_signals() as stop:
-        for i, leaves in inside.items():
+        for i, paths in inside.items():
+            leaves = {p: _array(read[p]()) for p in paths}
             key = _next_key(key, leaves)
             if (report := done[i].report(key)) is None:
                 advance(i)
@@ -133,9 +134,10 @@ def block_ap(
                 out |= new
             else:
                 out |= done[i].leaves(c)
+            del leaves  # before the next block is read
             if on_block is not None:
                 on_block(report, c.num_layers)
-    return trees.build({p: out[p] for p in (*flat, *(p for p in out if p not in flat))})  # in the model's order
+    return trees.build({p: out[p] for p in (*read, *(p for p in out if p not in read))})  # in the model's order
 
 
 def _solve(
@@ -236,6 +238,10 @@ def step_memory(
         "temporaries": plan.temp_size_in_bytes,
         "streams": streams,
     }
+
+
+def _array(leaf: Any) -> Any:
+    return jnp.asarray(leaf) if isinstance(leaf, np.ndarray) else leaf
 
 
 # -- a layer as what learns and the rest ------------------------------------------------------------------------------
@@ -376,7 +382,7 @@ class _Stored(NamedTuple):
     def leaves(self, config: ModelConfig) -> dict[str, Any]:
         assert self.folder is not None
         read = {path: read() for path, read in stored_block(self.folder, config).items()}
-        return {path: jnp.asarray(a) if isinstance(a, np.ndarray) else a for path, a in read.items()}
+        return {path: _array(a) for path, a in read.items()}
 
     def write(self, config: ModelConfig, leaves: Mapping[str, Any], key: str, report: Mapping[str, Any]) -> None:
         if self.folder is None:

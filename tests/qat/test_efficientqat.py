@@ -21,7 +21,9 @@ from lowbit.evaluate.size import sizes
 from lowbit.formats import base
 from lowbit.formats.base import Coded, FormatError, QTensor
 from lowbit.formats.fake_quant import PreparedInput
+from lowbit.models import hf
 from lowbit.models.decoder import forward
+from lowbit.models.hf import save_hf
 from lowbit.models.model import Model
 from lowbit.plan import Plan, Rule
 from lowbit.ptq import calibrate, rtn
@@ -290,8 +292,9 @@ def test_killed_in_a_block_and_resumed(whole, tmp_path):
         assert sorted(found.files) == sorted(want) and all(found[p].tobytes() == want[p].tobytes() for p in want)
 
 
-def test_one_block_in_memory_and_one_program_for_all(model, monkeypatch):
-    """While a block learns, no other block's float32 weights or moments exist; equal blocks share a program."""
+def test_one_block_in_memory_and_one_program_for_all(model, tmp_path, monkeypatch):
+    """While a block learns, no other block's float32 weights or moments exist; equal blocks share a program. Of a model
+    in a folder one block is read at a time."""
     ap._step.clear_cache()
     existing = []
 
@@ -302,10 +305,20 @@ def test_one_block_in_memory_and_one_program_for_all(model, monkeypatch):
 
     real = ap._step
     monkeypatch.setattr(ap, "_step", step)
-    block_ap(model, ASSIGNMENT, TOKENS, dataclasses.replace(OPTIONS, epochs=1))
+    options = dataclasses.replace(OPTIONS, epochs=1)
+    out = block_ap(model, ASSIGNMENT, TOKENS, options)
     # Of [48, 32] there are gate and up, of the model and of the block: the same at each step of each block.
     assert len(existing) == 4 and len(set(existing)) == 1
     assert real._cache_size() == 1
+
+    save_hf(model, tmp_path / "model", dtype=None)
+    abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), model.params)
+    first = existing[0]
+    existing.clear()
+    lazy = block_ap(model.replace(params=abstract), ASSIGNMENT, TOKENS, options, read=hf.readers(tmp_path / "model"))
+    assert same(lazy, out)
+    # `model` is still there, and what was read of one block: its gate and up.
+    assert set(existing) == {first + 2}
 
 
 def test_memory_is_told_beforehand(model):
