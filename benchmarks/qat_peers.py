@@ -50,8 +50,11 @@ from lowbit.plan import Plan
 from lowbit.train.objective import forward_kl
 
 LENGTH, BATCH = 256, 4
-# (what qwix calls it, our formats for ste and ste-learned, learning rate)
-QWIX = {"int4 g64": ("int4", "int4:g64", "int4:g64:signmse:lsq"), "int8 g64": ("int8", "int8:g64", "int8:g64:mse:lsq")}
+# (what qwix calls it, our formats for ste and ste-learned, learning rate: 8 bits have little to win)
+QWIX = {
+    "int4 g64": ("int4", "int4:g64", "int4:g64:signmse:lsq", 1e-4),
+    "int8 g64": ("int8", "int8:g64", "int8:g64:mse:lsq", 1e-6),
+}
 TORCHAO = ("int4:g32", "int4:g32:signmse:lsq")
 
 
@@ -113,7 +116,6 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="8 steps, int4 alone")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--lr", type=float, default=1e-4)
     parser.add_argument("--peer-python")
     parser.add_argument("--require-peer", action="store_true")
     args = parser.parse_args()
@@ -129,13 +131,14 @@ def main() -> None:
         tokens = np.stack([np.asarray(packed.batch(i, BATCH, 0)["tokens"])[:, :LENGTH] for i in range(steps)])
     ids = [i for d in first_tokens(model, rest, 32 * LENGTH) for i in model.tokenizer.encode(d, bos=False)]
     held_out = np.asarray(ids[: len(ids) // LENGTH // 8 * 8 * LENGTH], np.int32).reshape(-1, LENGTH)
-    shared = (tokens, held_out, args.lr)
+    shared = (tokens, held_out, QWIX["int4 g64"][-1])
     result: dict[str, Any] = {"steps": steps, "tokens": int(tokens.size), "held_out": int(held_out.size), "qwix": {}}
-    for what, (dtype, fitted, learned) in list(QWIX.items())[: 1 if args.quick else None]:
+    for what, (dtype, fitted, learned, lr) in list(QWIX.items())[: 1 if args.quick else None]:
+        same = (tokens, held_out, lr)
         result["qwix"][what] = {
-            "ste": ours("ste", fitted, fp, *shared),
-            "learned": ours("ste-learned", learned, fp, *shared),
-            "qwix": by_qwix(dtype, fp, *shared),
+            "ste": ours("ste", fitted, fp, *same),
+            "learned": ours("ste-learned", learned, fp, *same),
+            "qwix": by_qwix(dtype, fp, *same),
         }
     result["torchao"] = None
     if args.peer_python:

@@ -1,6 +1,7 @@
-"""Straight-through ops with explicit gradients: the rule for uniform grids, LSQ and rounding.
+"""Gradients of fake quantization, explicitly: the rule for uniform grids and its clip policies; and what a linear's
+input goes through.
 
-Every op is a `custom_vjp`. Nothing here is `x + stop_gradient(q - x)` (it differs from `q` in the last bit), and
+Nothing here is `x + stop_gradient(q - x)` (it differs from `q` in the last bit), and
 nothing differentiates through clip or max, whose gradient at equality (where absmax scaling always puts one weight) is
 0.5, 0 or 1 depending on which jax function spelled it.
 
@@ -21,7 +22,6 @@ zero use the `rounded` mask: the derivative of what the forward pass computes.
 """
 
 import dataclasses
-import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -117,61 +117,3 @@ def uniform_gradients(
     )
     gw = g if clip == "none" else jnp.where(within(w, ratio, zero, levels, clip), g, 0.0)
     return gw, g * jnp.where(passed, level - ratio, end * level), jnp.where(passed, 0.0, g)
-
-
-# -- ops --------------------------------------------------------------------------------------------------------------
-
-
-@jax.custom_vjp
-def ste_round(x: Float[Array, "*s"]) -> Float[Array, "*s"]:
-    """Half to even, with the identity as gradient."""
-    return jnp.round(x)
-
-
-ste_round.defvjp(lambda x: (jnp.round(x), None), lambda _, g: (g,))
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
-def ste_clip(x: Float[Array, "*s"], lo: float, hi: float, clip: Clip = "inclusive") -> Float[Array, "*s"]:
-    """`clip(x, lo, hi)` whose gradient passes where the policy says: `inclusive` is 1 at the ends, `lsq` 0 there."""
-    return jnp.clip(x, lo, hi)
-
-
-ste_clip.defvjp(
-    lambda x, lo, hi, clip: (jnp.clip(x, lo, hi), x),
-    lambda lo, hi, clip, x, g: (jnp.where(inside(x, x, 0.0, (lo, hi), clip), g, 0.0),),
-)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5))
-def lsq(
-    x: Float[Array, "..."],
-    scale: Float[Array, "..."],
-    lo: int,
-    hi: int,
-    clip: Clip = "lsq",
-    factor: float | None = None,
-) -> Float[Array, "..."]:
-    """`clip(rne(x / s), lo, hi) * s` with a learned step `s > 0` that broadcasts against `x` (LSQ, arXiv 1902.08153).
-
-    The step's gradient is the sum of `level - x / s` inside and `level` outside, times `factor`; None takes the paper's
-    `1 / sqrt(x.size * hi)`, which for an activation should be given with its feature count instead.
-    """
-    return jnp.clip(jnp.round(x / scale), lo, hi) * scale
-
-
-def _lsq_fwd(x, scale, lo, hi, clip, factor):
-    return lsq(x, scale, lo, hi, clip, factor), (x, scale)
-
-
-def _lsq_bwd(lo, hi, clip, factor, residuals, g):
-    x, scale = residuals
-    factor = 1.0 / math.sqrt(x.size * hi) if factor is None else factor
-    gx, gs, _ = uniform_gradients(x, scale, 0.0, (lo, hi), clip, g)
-    wide = (1,) * (x.ndim - scale.ndim) + scale.shape
-    axes = tuple(i for i, n in enumerate(wide) if n == 1 and x.shape[i] > 1)
-    gs = jnp.sum(gs, axis=axes, keepdims=True).reshape(scale.shape)
-    return gx, (gs * factor).astype(scale.dtype)
-
-
-lsq.defvjp(_lsq_fwd, _lsq_bwd)
