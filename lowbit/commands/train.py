@@ -93,6 +93,7 @@ class Train:
     def main(self) -> Result:
         from lowbit import qat
         from lowbit.commands.evaluate import read_text
+        from lowbit.experiment.config import to_json
         from lowbit.experiment.run import Run, check_new, check_resume
         from lowbit.experiment.tracking import resolve_mode
 
@@ -124,7 +125,7 @@ class Train:
         documents = [text] if isinstance(text, str) else text
         held_out = None if self.eval_text is None else read_text(self.eval_text, self.field)
         saved = self.saved(plan, train, recipe.before is not None)
-        saved |= {"stages": [[step, dataclasses.asdict(p)] for step, p in later]}
+        saved |= {"stages": [[step, to_json(p)] for step, p in later]}
         may_differ = tuple(f"train.{k}" for k in OPERATIONAL) + (
             ("train.steps",) if train.schedule == "constant" else ()
         )

@@ -133,3 +133,17 @@ def test_refused_before_anything_is_written(here, capsys, words, text):
     err = capsys.readouterr().err
     assert text in err and err.count("\n") == 1, err
     assert not Path("never").exists()
+
+
+def test_stages_by_rules_and_formats_resume(here, capsys):
+    """A run with stages goes on in the stage where its steps ended, to the bits of an undisturbed one."""
+    Path("two.toml").write_text('[[rule]]\nmatch = "model.layers.*_proj"\nformat = "int2:g8"\n')
+    argv = [*TRAIN, "--recipe", "ste", "--schedule", "constant", "--stages", "1:int3:g8", "2:two.toml"]
+    whole = run(capsys, *argv, "--out", "stages")
+    assert whole["status"] == "finished" and whole["bits_per_weight_quantized"] == 2 + 16 / 8
+    one = argv.copy()
+    one[one.index("--steps") + 1] = "4"
+    more = run(capsys, *one, "--out", "stages", "--resume")
+    assert more["step"] == 4
+    assert weights("stages") != b"" and run(capsys, *one, "--out", "straight")["loss"] == more["loss"]
+    assert weights("stages") == weights("straight")
