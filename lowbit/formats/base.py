@@ -35,6 +35,8 @@ from jaxtyping import Array, Bool, Float, Int
 from lowbit.errors import InputError
 
 Params = dict[str, Array]
+# Arrays that are steps of a grid: what EfficientQAT trains end to end.
+STEPS = ("scale", "d")
 
 
 class FormatError(InputError):
@@ -161,11 +163,12 @@ class Latent:
 @partial(jax.tree_util.register_dataclass, data_fields=["arrays", "params"], meta_fields=["format", "shape", "dtype"])
 @dataclasses.dataclass(frozen=True)
 class Coded:
-    """A packed weight whose scales are trained: codes, and zero points where there are some, stay as they are.
+    """A packed weight of which something continuous is trained, its scales, say: codes, and whatever else is whole
+    numbers, stay as they are.
 
-    `arrays` are those of a `QTensor` without the scale, `params` is `{"scale": float32}` of the scale's shape; `shape`
-    and `dtype` are the `QTensor`'s. With `w_hat = (q - z) * s` the gradient of s is `q - z` exactly, its rounding to
-    what is stored is straight-through (EfficientQAT's E2E-QP, arXiv 2407.11062, section 3.3).
+    `params` are those of a `QTensor`'s arrays that are trained, in float32, `arrays` the others; `shape` and `dtype`
+    are the `QTensor`'s. With `w_hat = (q - z) * s` the gradient of s is `q - z` exactly, its rounding to what is stored
+    is straight-through (EfficientQAT's E2E-QP, arXiv 2407.11062, section 3.3).
     """
 
     arrays: dict[str, Any]
@@ -175,11 +178,16 @@ class Coded:
     dtype: str = "float32"
 
     @classmethod
-    def of(cls, q: QTensor) -> Coded:
-        """Of a packed weight. Raises `FormatError` for a format without scales, or whose scales are codes."""
-        if "scale" not in q.arrays or not jnp.issubdtype(q.arrays["scale"].dtype, jnp.floating):
-            raise FormatError(f"format {q.format.name!r} has no scales to train (allowed: integer and ternary grids)")
-        params = {"scale": q.arrays["scale"].astype(jnp.float32)}
+    def of(cls, q: QTensor, every: bool = False) -> Coded:
+        """Of a packed weight: its steps are trained, the outer ones of two levels (`d` of k-quants), or `every`
+        floating array (minima, codebooks, signs too). Raises `FormatError` for a format that stores none."""
+        floats = {k for k, a in q.arrays.items() if jnp.issubdtype(a.dtype, jnp.floating)}
+        names = floats if every else floats & set(STEPS)
+        if not names:
+            raise FormatError(
+                f"format {q.format.name!r} has no scales to train (allowed: formats that store real ones)"
+            )
+        params = {k: q.arrays[k].astype(jnp.float32) for k in q.arrays if k in names}
         return cls({k: a for k, a in q.arrays.items() if k not in params}, params, q.format, q.shape, q.dtype)
 
     def value(self) -> Float[Array, "O I"]:
@@ -196,9 +204,10 @@ class Coded:
         return QTensor(self.format.pack(codes, stored), self.format, self.shape, self.dtype)
 
     def check_values(self) -> None:
-        """Raises `FormatError` when the trained scales cannot be stored."""
+        """Raises `FormatError` when what was trained cannot be stored."""
         _, params = _unpack(self.format, self.shape, {**self.arrays, **self.params})
-        self.format.check_values(params["scale"], params)
+        finite = jnp.concatenate([a.reshape(1, -1) for a in self.params.values()], axis=1)
+        self.format.check_values(finite, params)
 
 
 def blend(x: Float[Array, "*s"], q: Float[Array, "*s"], mix: Float[Array, ""]) -> Float[Array, "*s"]:
@@ -418,7 +427,7 @@ def _coded_fwd(fmt: Format, shape: tuple[int, int], dtype: str, arrays: dict[str
 def _coded_bwd(fmt: Format, shape: tuple[int, int], dtype: str, residuals, g: Array):
     arrays, params = residuals
     codes, stored = _coded(fmt, shape, arrays, params)
-    # `dequantize` is linear in the scale and has no clip, so autodiff's gradient is the formula.
+    # `dequantize` has no clip and is smooth in what is real, so autodiff's gradient is the formula.
     _, pull = jax.vjp(lambda p: fmt.dequantize(codes, {**stored, **p}), {k: stored[k] for k in params})
     return None, pull(g.astype(jnp.float32))[0]
 

@@ -123,9 +123,10 @@ class KQuant(Uniform):
 
     def stored(self, params: Params) -> Params:
         """`d` (and `dmin`), float32 `[O, I / 256]` exact in fp16, and whole numbers `sc` (and `mn`) per sub-block.
-        Parameters that are stored ones already are returned."""
+        Of stored ones, `d` and `dmin` are rounded (they may have been trained), `sc` and `mn` stay."""
         if "d" in params:
-            return params
+            out = dict(params) | {"d": self.stored_scale(params["d"])}
+            return out | ({"dmin": self._stored_dmin(params["dmin"])} if self.has_min else {})
         scale_OGJ = supers(params["scale"], self.kind.sub)
         if self.has_min:
             d = self.stored_scale(jnp.max(scale_OGJ, axis=-1) * np.float32(1 / self.top))
@@ -135,10 +136,13 @@ class KQuant(Uniform):
         if self.has_min:
             most = 2**self.kind.min_bits - 1
             low_OGJ = supers(jnp.minimum(params["min"], 0.0), self.kind.sub)
-            dmin = jnp.maximum(round_to(jnp.max(-low_OGJ, axis=-1) * np.float32(1 / most), "fp16"), 2.0**-24)
+            dmin = self._stored_dmin(jnp.max(-low_OGJ, axis=-1) * np.float32(1 / most))
             mn = jnp.clip(jnp.round(-params["min"] / spread(dmin, params["min"].shape)), 0.0, most)
             out |= {"dmin": dmin, "mn": mn}
         return out
+
+    def _stored_dmin(self, dmin: Array) -> Array:
+        return jnp.maximum(round_to(dmin, "fp16"), 2.0**-24)
 
     def scale_codes(self, scale_ON: Float[Array, "O N"], d_OG: Float[Array, "O G"]) -> Float[Array, "O N"]:
         """The nearest `sc`, never 0."""
@@ -153,6 +157,9 @@ class KQuant(Uniform):
         for what, most in (("scale", abs(self.top)), ("min", 2**self.kind.min_bits - 1)):
             if what in params:
                 self.check_range(what, params[what] * np.float32(1 / most), self.storage)
+        for what in ("d", "dmin"):
+            if what in params:
+                self.check_range(what, params[what], self.storage)
 
     # -- fitting ------------------------------------------------------------------------------------------------------
 
@@ -229,7 +236,7 @@ class KQuant(Uniform):
             det = jnp.where(ok, det, 1.0)
             d, dmin = (cut(ax * bb) - cut(bx * ab)) / det, (cut(bx * aa) - cut(ax * ab)) / det
             ok &= (d > 0) & (dmin > 0)
-            new = {**stored, "dmin": jnp.where(ok, jnp.maximum(round_to(dmin, "fp16"), 2.0**-24), stored["dmin"])}
+            new = {**stored, "dmin": jnp.where(ok, self._stored_dmin(dmin), stored["dmin"])}
         else:
             ok, new = aa > 0, dict(stored)
             d = ax / jnp.where(ok, aa, 1.0)

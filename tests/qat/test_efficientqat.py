@@ -81,6 +81,28 @@ def test_zero_points_learn_from_what_is_clipped_and_leave_as_they_trained():
         np.testing.assert_array_equal(q.decode(), FMT.fake_quant(jnp.asarray(w), p))
 
 
+def test_the_outer_scales_of_two_levels_have_the_derivative_of_the_product():
+    """`w = d sc (q - z) - dmin mn`: the codes and the inner scales stay, d's gradient is what it multiplies."""
+    rng = np.random.default_rng(0)
+    w, g = (rng.standard_normal((2, 512)).astype(np.float32) for _ in range(2))
+    for name, every, names in (("q2_k", False, {"d"}), ("q2_k", True, {"d", "dmin"}), ("q3_k", False, {"d"})):
+        q = base.get(name).encode(jnp.asarray(w))
+        coded = Coded.of(q, every)
+        assert set(coded.params) == names
+        value, pull = jax.vjp(lambda p, coded=coded: dataclasses.replace(coded, params=p).value(), coded.params)
+        assert np.asarray(value).tobytes() == np.asarray(q.decode()).tobytes()
+        got = pull(jnp.asarray(g))[0]
+        stored = {k: np.asarray(a, np.float64) for k, a in base.unpacked(q)[1].items()}
+        low = np.repeat(stored.get("mn", np.zeros((2, 32))), 16, 1) * np.repeat(
+            stored.get("dmin", np.zeros((2, 2))), 256, 1
+        )
+        want = ((np.asarray(value, np.float64) + low) / np.repeat(stored["d"], 256, 1) * g).reshape(2, 2, 256).sum(2)
+        np.testing.assert_allclose(got["d"], want, rtol=1e-4, atol=1e-4)
+        if every:
+            want = -(np.repeat(stored["mn"], 16, 1) * g).reshape(2, 2, 256).sum(2)
+            np.testing.assert_allclose(got["dmin"], want, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("name", ["int2:g16:asym", "int4:tensor", "ternary:channel", "q4_1", "int1:g16"])
 def test_scales_of_frozen_codes_have_the_gradient_q_minus_z(name):
     fmt = base.get(name)
@@ -406,10 +428,18 @@ def test_refusals(model, whole, tmp_path):
 def test_every_format_with_scales_keeps_its_codes(name):
     fmt = base.get(name)
     q = fmt.encode(jnp.asarray(np.random.default_rng(0).standard_normal((4, 256)), jnp.float32))
-    if not jnp.issubdtype(getattr(q.arrays.get("scale"), "dtype", np.uint8), np.floating):  # k-quants, mxfp4, nf4:dq
+    if name.startswith("mxfp4") or name.endswith(":dq"):  # their scales are codes
         with pytest.raises(InputError, match=f"format '{name}' has no scales to train"):
             Coded.of(q)
         return
-    packed, value = jax.jit(lambda c: (c.encode(), c.value()))(Coded.of(q))
+
+    @jax.jit
+    def both(c, other):
+        return c.encode(), c.value(), dataclasses.replace(c, params=other).encode()
+
+    coded = Coded.of(q)
+    packed, value, moved = both(coded, {k: a * 1.5 for k, a in coded.params.items()})
     np.testing.assert_array_equal(value, q.decode())
     assert all(np.asarray(packed.arrays[k]).tobytes() == np.asarray(a).tobytes() for k, a in q.arrays.items())
+    assert all(np.asarray(moved.arrays[k]).tobytes() == np.asarray(a).tobytes() for k, a in coded.arrays.items())
+    coded.check_values()
