@@ -1,4 +1,4 @@
-"""Peak memory of `lowbit quantize` and `lowbit export` on a checkpoint that is larger than what they may use.
+"""Peak memory of `lowbit quantize`, `lowbit export` and Block-AP on a checkpoint larger than what they may use.
 
     python benchmarks/memory.py [--quick] [--json]
 
@@ -7,12 +7,16 @@ of their own: `quantize`, the command to int4:g64; `gguf`, what `lowbit export` 
 gguf:Q4_0; `fresh`, the same from the bf16 folder, whose weights it rounds itself. The exports read every weight of the
 file back and compare it. The KL of small models, which needs both in memory, is not among it: this one is too large,
 and `--quick` says so by an argument. Each reports the peak resident size (VmHWM) above what it had after its imports.
-Allowed: the largest shard + two blocks in float32 + 300 MiB. Exits with 1 above that. Needs about twice the model's
-size on disk. Linux only (reads /proc).
+Allowed: the largest shard + two blocks in float32 + 300 MiB. `block-ap` trains the blocks of the bf16 folder to
+int2:g64:asym, one after the other (8 rows of 64 tokens); allowed: what a step on one block takes by its own estimate
+(`step_memory`: weights, two moments, temporaries), two blocks in float32 (the best weights so far, what was read), the
+two streams of activations, the packed model, what lies outside of blocks twice, + 300 MiB. Exits with 1 above that.
+Needs about twice the model's size on disk. Linux only (reads /proc).
 """
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import sys
@@ -21,11 +25,13 @@ import time
 from pathlib import Path
 
 MIB = 1 << 20
+ROWS, LENGTH = 8, 64  # of Block-AP's text
 SLACK = 300 * MIB
 
 
-def build(folder: Path, quick: bool) -> tuple[int, int, int]:
-    """Writes the model; returns its bytes, those of the largest shard and those of one block in float32."""
+def build(folder: Path, quick: bool) -> tuple[int, int, int, int]:
+    """Writes the model; returns its bytes, those of the largest shard, of one block in float32 and of what lies outside
+    of blocks."""
     import ml_dtypes
     import numpy as np
 
@@ -46,7 +52,8 @@ def build(folder: Path, quick: bool) -> tuple[int, int, int]:
         writer.close()
     shards = [p.stat().st_size for p in folder.glob("*.safetensors")]
     block = 4 * sum(o * i for o, i in config.linear_shapes().values())
-    return sum(shards), max(shards), block
+    outside = 2 * sum(math.prod(s) for p, s in config.shapes().items() if ".layers." not in p)
+    return sum(shards), max(shards), block, outside
 
 
 def job(name: str, src: str, out: str, kl_bytes: str) -> None:
@@ -62,7 +69,10 @@ def job(name: str, src: str, out: str, kl_bytes: str) -> None:
 
     jax.devices()
     baseline, start = status("VmRSS"), time.monotonic()
-    if name == "quantize":
+    more = {}
+    if name == "block-ap":
+        found, more = block_by_block(src, out)
+    elif name == "quantize":
         found = Quantize(src, Path(out), "int4:g64").main().data["params"]
     else:
         report = export(src, "gguf:Q4_0", out, kl_bytes=int(kl_bytes))
@@ -70,7 +80,29 @@ def job(name: str, src: str, out: str, kl_bytes: str) -> None:
         if report["kl_mean"] is not None:
             raise SystemExit(f"KL of {src} computed (allowed: a model too large for it)")
     seconds = time.monotonic() - start
-    print(json.dumps({"baseline": baseline, "peak": status("VmHWM"), "seconds": seconds, "weights": found}))
+    print(json.dumps({"baseline": baseline, "peak": status("VmHWM"), "seconds": seconds, "weights": found, **more}))
+
+
+def block_by_block(src: str, out: str) -> tuple[int, dict[str, int]]:
+    """Block-AP of a folder; how many weights it packed, and what a step should take."""
+    import numpy as np
+
+    from lowbit import tree as trees
+    from lowbit.commands.inspect import read_abstract
+    from lowbit.models.hf import readers
+    from lowbit.models.model import Model
+    from lowbit.plan import Plan
+    from lowbit.qat.block_ap import block_ap, step_memory
+    from lowbit.train.block_options import BlockOptions
+
+    config, params = read_abstract(src)
+    tokens = np.random.default_rng(0).integers(0, config.vocab_size, (ROWS, LENGTH))
+    options, done = BlockOptions(rows=ROWS - 2, valid_rows=2, epochs=1), []
+    plan = Plan.uniform("int2:g64:asym:rounded").resolve(config.shapes())
+    block_ap(Model(config, params), plan, tokens, options, out, lambda r, n: done.append(r), read=readers(src))
+    layer = trees.build({p: a for p, a in trees.items(params) if ".layers.0." in p})
+    estimate = step_memory(config, layer, {s: f for s, f in plan.items() if ".layers.0." in s}, options, LENGTH)
+    return sum(report["weights"] for report in done), estimate
 
 
 def status(key: str) -> int:
@@ -94,13 +126,14 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory(dir=a.dir) as tmp:
         src = Path(tmp) / "model"
-        total, shard, block = build(src, a.quick)
+        total, shard, block, around = build(src, a.quick)
         limit = shard + 2 * block + SLACK
         report = {"model_bytes": total, "largest_shard": shard, "block_fp32": block, "limit": limit}
         print(f"model {total / MIB:.0f} MiB, largest shard {shard / MIB:.0f} MiB, limit {limit / MIB:.0f} MiB")
         kl_bytes = "0" if a.quick else str(KL_BYTES)
         packed = Path(tmp) / "packed"
         jobs = {"quantize": (src, packed), "gguf": (packed, packed.with_suffix(".gguf")), "fresh": (src, f"{src}.gguf")}
+        jobs["block-ap"] = (src, f"{src}.blocks")
         for name, paths in jobs.items():
             command = [sys.executable, __file__, "--job", name, *map(str, paths), kl_bytes]
             run = subprocess.run(command, capture_output=True, text=True, env=os.environ)
@@ -108,9 +141,14 @@ def main() -> None:
                 raise SystemExit(f"{name} failed:\n{run.stderr}")
             r = json.loads(run.stdout.splitlines()[-1])
             r["above_baseline"] = r["peak"] - r["baseline"]
-            r["within_limit"] = r["above_baseline"] <= limit
+            r["limit"] = limit
+            if name == "block-ap":
+                r["limit"] = sum(r[k] for k in ("arguments", "temporaries", "streams")) + 2 * block
+                r["limit"] += total // 6 + 2 * around + SLACK
+            r["within_limit"] = r["above_baseline"] <= r["limit"]
             report[name] = r
-            print(f"{name}: {r['above_baseline'] / MIB:.0f} MiB above the baseline, {r['seconds']:.0f} s")
+            allowed = f"allowed {r['limit'] / MIB:.0f}"
+            print(f"{name}: {r['above_baseline'] / MIB:.0f} MiB above the baseline, {allowed}, {r['seconds']:.0f} s")
     report["within_limit"] = all(report[n]["within_limit"] for n in jobs)
     if a.json:
         print(json.dumps(report))

@@ -31,6 +31,7 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from lowbit import tree as trees
+from lowbit import xla
 from lowbit.errors import InputError, Stopped
 from lowbit.formats.base import Latent
 from lowbit.formats.fake_quant import PreparedInput
@@ -135,6 +136,7 @@ def block_ap(
             else:
                 out |= done[i].leaves(c)
             del leaves  # before the next block is read
+            xla.release()
             if on_block is not None:
                 on_block(report, c.num_layers)
     return trees.build({p: out[p] for p in (*read, *(p for p in out if p not in read))})  # in the model's order
