@@ -186,7 +186,7 @@ def learned(config: Config, run: Run, g: Ground, name: str, fmt: str, assignment
     start = recipe.prepare(params, assignment, stored=stored)
     inputs = sorted({f.name for site, f in assignment.items() if site.endswith(":in")})
     title = " ".join([name, fmt, *inputs, str(seed)])
-    return recipe.convert(fit(run, title, start, settings, fp, g.packed, recipe.wrap))
+    return recipe.convert(fit(run, title, start, settings, fp, g.packed, recipe))
 
 
 def bits_of(fmt: Format) -> float:

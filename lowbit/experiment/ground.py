@@ -19,10 +19,10 @@ from lowbit.experiment.run import Run, write_json
 from lowbit.experiment.texts import Data, first_tokens, read_documents, split
 from lowbit.export.open import open_model
 from lowbit.models.model import Model
+from lowbit.qat.base import Recipe
 from lowbit.train.config import TrainConfig
 from lowbit.train.loop import train
 from lowbit.train.objective import language
-from lowbit.train.step import Wrap
 from lowbit.tree import Tree
 
 
@@ -64,10 +64,10 @@ def as_float32(model: Model) -> Model:
 
 
 def fit(
-    run: Run, name: str, params: Tree, settings: TrainConfig, fp: Model, packed: rows.Rows, wrap: Wrap | None = None
+    run: Run, name: str, params: Tree, settings: TrainConfig, fp: Model, packed: rows.Rows, recipe: Recipe | None = None
 ) -> Tree:
     """`params` after training on `packed`, with `fp` as teacher where the objective has one. Its files lie in the part
-    `name` of the run; a resumed run goes on from its checkpoint. `wrap`: the recipe's. Raises `Stopped`."""
+    `name` of the run; a resumed run goes on from its checkpoint. Raises `Stopped`."""
     part = run.sub(slug(name))
     with Progress(name, settings.steps, settings.log_every) as progress:
 
@@ -85,7 +85,8 @@ def fit(
             language(fp.config, settings, fp.config),
             settings,
             teacher=fp.params if settings.taught else None,
-            wrap=wrap,
+            wrap=None if recipe is None else recipe.wrap,
+            revise=None if recipe is None else recipe.revise,
             directory=part.path("checkpoints"),
             resume=run.resumed,
             fingerprint={"rows": dataclasses.asdict(packed.manifest)},

@@ -30,6 +30,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from einops import rearrange
 from jaxtyping import Array, Bool, Float, Int
 
 from lowbit.errors import InputError
@@ -37,6 +38,7 @@ from lowbit.errors import InputError
 Params = dict[str, Array]
 # Arrays that are steps of a grid: what EfficientQAT trains end to end.
 STEPS = ("scale", "d")
+SHIFT = "shift"  # of a `Coded`
 
 
 class FormatError(InputError):
@@ -169,6 +171,9 @@ class Coded:
     `params` are those of a `QTensor`'s arrays that are trained, in float32, `arrays` the others; `shape` and `dtype`
     are the `QTensor`'s. With `w_hat = (q - z) * s` the gradient of s is `q - z` exactly, its rounding to what is stored
     is straight-through (EfficientQAT's E2E-QP, arXiv 2407.11062, section 3.3).
+
+    A param named `shift`, `[O, I]`, is where the weights want to go: the forward pass does not see it, its gradient is
+    that of the weights, and `revised` moves codes by it (PV-Tuning, arXiv 2405.14852, section 3.3).
     """
 
     arrays: dict[str, Any]
@@ -190,6 +195,16 @@ class Coded:
         params = {k: q.arrays[k].astype(jnp.float32) for k in q.arrays if k in names}
         return cls({k: a for k, a in q.arrays.items() if k not in params}, params, q.format, q.shape, q.dtype)
 
+    def with_shift(self) -> Coded:
+        """With a `shift` of zeros."""
+        return dataclasses.replace(self, params={**self.params, SHIFT: jnp.zeros(self.shape, jnp.float32)})
+
+    def revised(self, fraction: float) -> Coded:
+        """The `fraction` of the tiles whose `shift` is largest encoded anew where it points to, their shift used up;
+        all else stays, the shift of other tiles too."""
+        arrays, shift = _revised(self.format, self.shape, fraction, self.arrays, self.params)
+        return dataclasses.replace(self, arrays=arrays, params={**self.params, SHIFT: shift})
+
     def value(self) -> Float[Array, "O I"]:
         """The weight that the forward pass sees: what `encode` gives, decoded."""
         return _coded_value(self.format, self.shape, self.dtype, self.arrays, self.params)
@@ -205,8 +220,9 @@ class Coded:
 
     def check_values(self) -> None:
         """Raises `FormatError` when what was trained cannot be stored."""
-        _, params = _unpack(self.format, self.shape, {**self.arrays, **self.params})
-        finite = jnp.concatenate([a.reshape(1, -1) for a in self.params.values()], axis=1)
+        real = {k: a for k, a in self.params.items() if k != SHIFT}
+        _, params = _unpack(self.format, self.shape, {**self.arrays, **real})
+        finite = jnp.concatenate([a.reshape(1, -1) for a in real.values()], axis=1)
         self.format.check_values(finite, params)
 
 
@@ -285,6 +301,20 @@ class Format:
         if not bool(jnp.isfinite(w_OI).all()):
             row, col = np.argwhere(~np.isfinite(np.asarray(w_OI)))[0]
             raise FormatError(f"{self.name}: weight [{row}, {col}] is {w_OI[row, col]} (must be finite)")
+
+    def recode(
+        self,
+        codes: Int[Array, "*c"],
+        stored: Params,
+        w_OI: Float[Array, "O I"],
+        shift_OI: Float[Array, "O I"],
+        fraction: float,
+    ) -> tuple[Int[Array, "*c"], Bool[Array, "P Q"]]:
+        """`codes`, whose weights are `w`, with the `fraction` of the tiles whose `shift` is largest encoded at
+        `w + shift`; and which tiles those are, `[O / tile[0], I / tile[1]]`."""
+        chosen = largest_tiles(shift_OI, self.tile, fraction)
+        new = self.quantize(w_OI + shift_OI, stored)
+        return jnp.where(spread_over(chosen, codes.shape), new, codes), chosen
 
     @property
     def idempotent(self) -> bool:
@@ -410,7 +440,7 @@ _fake_quant.defvjp(_fake_quant_fwd, _fake_quant_bwd)
 
 
 def _coded(fmt: Format, shape: tuple[int, int], arrays: dict[str, Array], params: Params) -> tuple[Array, Params]:
-    codes, trained = fmt.unpack({**arrays, **params}, shape)
+    codes, trained = fmt.unpack({**arrays, **{k: a for k, a in params.items() if k != SHIFT}}, shape)
     return codes, fmt.stored(trained)
 
 
@@ -426,13 +456,39 @@ def _coded_fwd(fmt: Format, shape: tuple[int, int], dtype: str, arrays: dict[str
 
 def _coded_bwd(fmt: Format, shape: tuple[int, int], dtype: str, residuals, g: Array):
     arrays, params = residuals
+    g = g.astype(jnp.float32)
     codes, stored = _coded(fmt, shape, arrays, params)
     # `dequantize` has no clip and is smooth in what is real, so autodiff's gradient is the formula.
-    _, pull = jax.vjp(lambda p: fmt.dequantize(codes, {**stored, **p}), {k: stored[k] for k in params})
-    return None, pull(g.astype(jnp.float32))[0]
+    _, pull = jax.vjp(lambda p: fmt.dequantize(codes, {**stored, **p}), {k: stored[k] for k in params if k != SHIFT})
+    return None, pull(g)[0] | ({SHIFT: g} if SHIFT in params else {})
 
 
 _coded_value.defvjp(_coded_fwd, _coded_bwd)
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _revised(
+    fmt: Format, shape: tuple[int, int], fraction: float, arrays: dict[str, Array], params: Params
+) -> tuple[dict[str, Array], Array]:
+    codes, stored = _coded(fmt, shape, arrays, params)
+    shift = params[SHIFT]
+    codes, chosen = fmt.recode(codes, stored, fmt.dequantize(codes, stored), shift, fraction)
+    packed = fmt.pack(codes, stored)
+    return {k: packed[k] for k in arrays}, jnp.where(spread_over(chosen, shift.shape), 0.0, shift)
+
+
+def largest_tiles(shift_OI: Float[Array, "O I"], tile: tuple[int, int], fraction: float) -> Bool[Array, "P Q"]:
+    """Which tiles `[O / tile[0], I / tile[1]]` are the `fraction` (one at least) with the largest sum of squares, above
+    0."""
+    norms = rearrange(jnp.square(shift_OI), "(p o) (q i) -> p q (o i)", o=tile[0], i=tile[1]).sum(axis=-1)
+    count = max(1, round(fraction * norms.size))
+    least = jax.lax.top_k(norms.reshape(-1), count)[0][-1]
+    return (norms >= least) & (norms > 0)
+
+
+def spread_over(grid: Array, shape: tuple[int, ...]) -> Array:
+    """`[P, Q]` repeated to `shape`, `[p P, q Q]`."""
+    return jnp.repeat(jnp.repeat(grid, shape[0] // grid.shape[0], axis=0), shape[1] // grid.shape[1], axis=1)
 
 
 # -- registry ---------------------------------------------------------------------------------------------------------

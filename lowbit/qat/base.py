@@ -66,6 +66,7 @@ class Recipe(NamedTuple):
     wrap: Wrap | None = None  # of the optimizer (`lowbit.train.loop.train`)
     restarts: bool = False  # whether `prepare` takes `latents.masters` of what it made: stages with other formats
     before: Before | None = None
+    revise: Callable[[Tree, float], Tree] | None = None  # of codes, between steps (`lowbit.train.loop.train`)
 
 
 Parse = Callable[[list[str]], Recipe]
@@ -112,4 +113,4 @@ def _without_keys(recipe: Recipe, keys: list[str]) -> Recipe:
 
 def _load_all() -> None:
     # Each module registers its recipes.
-    from lowbit.qat import bitnet, dorefa, efficientqat, llm_qat, loftq, lsq, paretoq, proximal, qa_lora, qlora, ste  # noqa: F401
+    from lowbit.qat import bitnet, dorefa, efficientqat, llm_qat, loftq, lsq, paretoq, proximal, pv, qa_lora, qlora, ste  # noqa: F401

@@ -56,6 +56,9 @@ class TrainConfig:
     freeze_above: float = 0.0  # frequency of oscillation from which on a weight is frozen; 0: never
     freeze_momentum: float = 0.99  # of the moving averages behind that
 
+    revise_every: int = 10  # steps between changes of codes, for recipes that have such (pv)
+    revise_fraction: float = 0.01  # of the vectors, tiles or weights whose codes change at once
+
     dtype: Literal["float32", "bfloat16"] = "float32"  # of compute; masters are float32
     remat: Literal["none", "full", "dots"] = "none"
     loss_chunk: int = 0  # positions whose logits exist at once; 0: all
@@ -135,6 +138,8 @@ _RANGES = (
     ("quant_warmup", 0, math.inf),
     ("freeze_above", 0, 1),
     ("freeze_momentum", 0, 1),
+    ("revise_every", 1, math.inf),
+    ("revise_fraction", 0, 1),
     ("clip", 0, math.inf),
     ("loss_chunk", 0, math.inf),
     ("log_every", 1, math.inf),

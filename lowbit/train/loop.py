@@ -24,7 +24,7 @@ from lowbit.train.checkpoint import Checkpoints, Meta
 from lowbit.train.config import TrainConfig
 from lowbit.train.objective import Objective
 from lowbit.train.oscillation import SHARES
-from lowbit.train.params import Flat, unflatten
+from lowbit.train.params import Flat, flatten, unflatten
 from lowbit.train.step import Setup, Wrap, abstract, carried, prepare
 from lowbit.tree import Tree
 
@@ -74,6 +74,7 @@ def train(
     on_evaluate: Callable[[int, float], None] | None = None,
     stages: Sequence[Stage] = (),
     wrap: Wrap | None = None,
+    revise: Callable[[Tree, float], Tree] | None = None,
 ) -> Result:
     """Trains `params` for `config.steps` steps on `batch(0), batch(1), ...`.
 
@@ -93,6 +94,8 @@ def train(
       on_evaluate: gets the step and that number.
       stages: changes of `params` on the way, in order.
       wrap: puts another optimizer around the one that `config` names, given the formats of the latents by name.
+      revise: changes what steps leave alone, codes say, every `config.revise_every` steps, given the parameters and
+        `config.revise_fraction`; what it gives has the same layout.
 
     Raises:
       TrainingDiverged: on a loss, gradient norm or parameter that is not finite, before it could be saved.
@@ -112,7 +115,7 @@ def train(
         setup = prepare(params, objective, config, teacher, wrap)
         learned, frozen = setup.learned, setup.frozen
         if checkpoints is not None and start:
-            learned, opt = _resume(checkpoints, start, setup, identity)
+            learned, frozen, opt = _resume(checkpoints, start, setup, identity)
         else:
             opt = setup.init(learned)
         if on_resume is not None:
@@ -163,6 +166,8 @@ def train(
             advance = setup.warm if step < config.quant_warmup else setup.step
             learned, opt, metrics = advance(learned, opt, frozen, setup.teacher, rows)
             step += 1
+            if revise is not None and step % config.revise_every == 0:
+                learned, frozen = _revised(revise, config.revise_fraction, learned, frozen, setup)
             if waiting is not None:  # one step late, so that the device is never idle
                 log(*waiting, clock)
             waiting = (step, metrics)
@@ -201,7 +206,18 @@ def _latest(checkpoints: Checkpoints | None, resume: bool) -> int:
     return steps[-1] if steps else 0
 
 
-def _resume(checkpoints: Checkpoints, step: int, setup: Setup, identity: Mapping[str, Any]) -> tuple[Flat, Any]:
+def _revised(
+    revise: Callable[[Tree, float], Tree], fraction: float, learned: Flat, frozen: Flat, setup: Setup
+) -> tuple[Flat, Flat]:
+    """Both after `revise`, where they were."""
+    flat, layout = flatten(revise(unflatten(learned | frozen, setup.layout), fraction))
+    if layout != setup.layout:
+        raise InputError("a revision that changes the layout of the parameters (allowed: other values)")
+    flat = {n: jax.device_put(a, setup.sharding.of(n)) for n, a in flat.items()}
+    return {n: flat[n] for n in learned}, {n: flat[n] for n in frozen}
+
+
+def _resume(checkpoints: Checkpoints, step: int, setup: Setup, identity: Mapping[str, Any]) -> tuple[Flat, Flat, Any]:
     meta = checkpoints.meta(step)
     checkpoint.refuse_other_config(meta.fingerprint, identity, checkpoints.directory)
     if meta.layout != setup.layout:
@@ -211,7 +227,7 @@ def _resume(checkpoints: Checkpoints, step: int, setup: Setup, identity: Mapping
     like = abstract(everything, {n: setup.sharding.of(n) for n in everything})
     opt = abstract(setup.opt_shape, setup.opt_sharding)
     params, opt = checkpoints.restore(step, like, opt)
-    return {n: params[n] for n in setup.learned}, opt
+    return {n: params[n] for n in setup.learned}, {n: params[n] for n in setup.frozen}, opt
 
 
 def _checked(batch: Mapping[str, Any], config: TrainConfig, step: int) -> Mapping[str, Any]:

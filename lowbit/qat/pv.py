@@ -1,0 +1,58 @@
+"""PV-Tuning (arXiv 2405.14852): everything continuous learns, and now and then a few codes change.
+
+- P step: scales, codebooks, signs, norms by the ordinary optimizer, codes fixed.
+- V step (section 3.3): a step is small beside the distance of two code words, so the weights' own updates (the `shift`
+  of a `Coded`, which the forward pass does not see) add up by Adam, and every `revise_every` steps the
+  `revise_fraction` of the vectors with the largest ones are encoded anew there, by the format's own search: nearest
+  point, beam or Viterbi. The others keep what has added up.
+
+The paper does this for additive codebooks; here it is any format that stores something real: lattices, trellises,
+k-quants, integers. The start is what a solver gave (`lowbit quantize`, a packed model), or rounding.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from lowbit import tree as trees
+from lowbit.errors import InputError
+from lowbit.formats.base import SHIFT, Coded, Format
+from lowbit.formats.fake_quant import PreparedInput
+from lowbit.qat import latents
+from lowbit.qat.base import Recipe, register
+from lowbit.qat.efficientqat import packed
+from lowbit.qat.latents import Stored
+from lowbit.tree import Tree
+
+
+def prepare(params: Tree, assignment: Mapping[str, Any], *, stored: Stored | None = None) -> Tree:
+    """A `Coded` with a shift at every weight of `assignment`: what is packed in its format stays, float weights are
+    rounded to nearest. Raises `InputError` as `efficientqat.packed` does, and for a format that stores nothing real."""
+
+    def one(path: str, leaf: Any) -> Any:
+        if not isinstance(assignment.get(path), Format):
+            return leaf
+        whole = leaf if isinstance(leaf, PreparedInput) else PreparedInput(leaf)
+        try:
+            coded = Coded.of(whole.w, every=True).with_shift()
+        except InputError as e:
+            raise InputError(f"{path}: {e}") from e
+        return dataclasses.replace(leaf, w=coded) if isinstance(leaf, PreparedInput) else coded
+
+    return trees.map_leaves(one, packed(params, assignment, stored=stored))
+
+
+def revise(params: Tree, fraction: float) -> Tree:
+    """The V step: `Coded.revised` of every weight that has a shift."""
+
+    def one(_: str, leaf: Any) -> Any:
+        if isinstance(leaf, PreparedInput):
+            return dataclasses.replace(leaf, w=one("", leaf.w))
+        return leaf.revised(fraction) if isinstance(leaf, Coded) and SHIFT in leaf.params else leaf
+
+    return trees.map_leaves(one, params)
+
+
+# The paper's rates: 3e-4 for what is continuous, 1e-2 for codes; beta2 0.95.
+DEFAULTS = {"lr": 3e-4, "scale_lr": 1.0, "lr_groups": ((rf".*:{SHIFT}", 33.0),), "b2": 0.95}
+register(Recipe("pv", prepare, latents.convert, DEFAULTS, revise=revise))

@@ -1,0 +1,97 @@
+"""PV-Tuning: codes that move, few at a time, and what is continuous around them."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from models import CONFIG, params, rows
+
+from lowbit import qat
+from lowbit import tree as trees
+from lowbit.errors import InputError
+from lowbit.formats import base
+from lowbit.formats.base import SHIFT, Coded
+from lowbit.plan import Plan
+from lowbit.train.config import TrainConfig
+from lowbit.train.loop import train
+from lowbit.train.objective import language
+
+FORMATS = ["int2:g16", "int2:g16:asym", "q2_k", "ternary:channel"]
+
+
+def coded(name: str, seed: int = 0) -> Coded:
+    w = np.random.default_rng(seed).standard_normal((8, 256)).astype(np.float32)
+    return Coded.of(base.get(name).encode(jnp.asarray(w)), every=True).with_shift()
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_the_shift_is_not_seen_and_has_the_gradient_of_the_weights(name):
+    c = coded(name)
+    g = np.random.default_rng(1).standard_normal(c.shape).astype(np.float32)
+    moved = dataclasses.replace(c, params={**c.params, SHIFT: jnp.full(c.shape, 0.3)})
+
+    @jax.jit
+    def both(c, g):
+        value, pull = jax.vjp(lambda p: dataclasses.replace(c, params=p).value(), c.params)
+        return value, pull(g)[0]
+
+    value, grads = both(moved, g)
+    assert np.asarray(value).tobytes() == np.asarray(c.encode().decode()).tobytes()
+    np.testing.assert_array_equal(grads[SHIFT], g)
+    assert set(grads) == set(moved.params) and all(np.abs(a).max() > 0 for a in grads.values())
+    assert all(np.array_equal(a, moved.encode().arrays[k]) for k, a in c.encode().arrays.items())
+    moved.check_values()
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_revision_moves_the_largest_and_no_more(name):
+    """The nearest codes at the target in the chosen tiles, the old ones elsewhere; the shift is used up there."""
+    c = coded(name)
+    shift = np.random.default_rng(2).standard_normal(c.shape).astype(np.float32)
+    shift[0, :4] = 9.0
+    moved = dataclasses.replace(c, params={**c.params, SHIFT: jnp.asarray(shift)})
+    new = moved.revised(0.1)
+    (before, stored), (after, again) = c.codes(), new.codes()
+    assert all(np.array_equal(stored[k], again[k]) for k in stored)
+    chosen = np.asarray(new.params[SHIFT]) == 0
+    assert chosen.sum() == round(0.1 * chosen.size) and chosen[0, :4].all()
+    assert np.abs(shift[chosen]).min() >= np.abs(shift[~chosen]).max()
+    np.testing.assert_array_equal(np.asarray(new.params[SHIFT])[~chosen], shift[~chosen])
+    target = c.format.quantize(c.value() + shift, stored)
+    np.testing.assert_array_equal(after, np.where(chosen, target, before))
+    assert (np.asarray(after) != np.asarray(before)).any()
+    same = c.revised(1.0)  # nothing wants to move
+    assert all(np.array_equal(a, same.arrays[k]) for k, a in c.arrays.items())
+
+
+def test_training_changes_few_codes_and_resumes_to_the_same_bits(tmp_path):
+    recipe = qat.get("pv")
+    assignment = Plan.uniform("int2:g16").resolve(CONFIG.shapes())
+    start = recipe.prepare(params(), assignment)
+    settings = TrainConfig(
+        **recipe.defaults
+        | {"revise_every": 2, "revise_fraction": 0.02}
+        | {"steps": 6, "batch_size": 4, "loss": "kl", "schedule": "constant"}
+    )
+    objective = language(CONFIG, settings, CONFIG)
+    same = {"teacher": params(), "revise": recipe.revise}
+    whole = train(start, rows(), objective, settings, **same)
+    train(start, rows(), objective, dataclasses.replace(settings, steps=3), directory=tmp_path, **same)
+    parts = train(start, rows(), objective, settings, directory=tmp_path, resume=True, **same)
+    a, b = (dict(trees.items(recipe.convert(r.params))) for r in (whole, parts))
+    changed = total = 0
+    for path in assignment:
+        for k in a[path].arrays:
+            assert np.asarray(a[path].arrays[k]).tobytes() == np.asarray(b[path].arrays[k]).tobytes(), path
+        old, new = dict(trees.items(start))[path].codes()[0], a[path].codes()[0]
+        changed, total = changed + int((old != new).sum()), total + old.size
+    assert 0 < changed <= 3 * 0.021 * total
+
+
+def test_refusals():
+    with pytest.raises(InputError, match="q_proj: format 'mxfp4' has no scales to train"):
+        qat.get("pv").prepare(params(), {"model.layers.0.self_attn.q_proj": base.get("mxfp4")})
+    with pytest.raises(InputError, match="revise_every is 0"):
+        TrainConfig(revise_every=0)
