@@ -58,14 +58,16 @@ class Train:
     """Format of the values alone."""
     recipe: str = "ste"
     """ste: scales follow the weights; ste-learned: scales are trained; block-ap: block by block; e2e-qp: scales alone,
-    codes fixed; efficientqat: block-ap, then e2e-qp; qlora, loftq, qa-lora: only adapters, with keys for rank, alpha
+    codes fixed; efficientqat: block-ap, then e2e-qp; block-ft, e2e-ft, ft: everything but codes; pv: codes too, a few
+    at a time; qlora, loftq, qa-lora: only adapters, with keys for rank, alpha
     and linears (qlora:r16:a32:q+v); llm-qat, lsq, lsq+, paretoq, dorefa, pact, bitnet, bitnet-a4.8, bitnet-v2, parq,
     binary-relax: as published (docs/qat.md)."""
     stages: Annotated[tuple[str, ...], tyro.conf.arg(metavar="STEP:FORMAT")] = ()
     """From update STEP on another format, or STEP:FILE.toml for other rules: gradual bit widths, activations that come
     later. The optimizer's state stays."""
     teacher: Word = None
-    """MODEL whose predictions are the target of kl (default: the model itself, as it was)."""
+    """MODEL whose predictions are the target of kl, and whose blocks that of recipes that work block by block (default:
+    the model itself, as it was)."""
     teacher_cache: WordPath = None
     """Folder of what the teacher says about the rows, written by the first run that names it and read by later ones,
     whatever their recipe: the teacher then takes no part in the steps."""
@@ -100,9 +102,11 @@ class Train:
         recipe = qat.get(self.recipe)
         train = with_recipe(self.train, recipe.defaults, command_line)
         if recipe.before is None and self.blocks != BlockOptions():
-            raise InputError(f"--blocks options with recipe {self.recipe} (allowed: with block-ap and efficientqat)")
+            raise InputError(
+                f"--blocks options with recipe {self.recipe} (allowed: with recipes that work block by block)"
+            )
         if recipe.before is not None and recipe.before.alone:
-            for flag in ("teacher", "teacher_cache", "eval_text"):
+            for flag in ("teacher_cache", "eval_text"):
                 if getattr(self, flag) is not None:
                     flag = flag.replace("_", "-")
                     raise InputError(f"--{flag} with recipe {self.recipe}, which trains nothing end to end")
@@ -207,7 +211,8 @@ class Train:
         live = None if teacher is None or cached else frozen
         blocks, bytes_ = None, None
         if recipe.before is not None:
-            blocks = block_memory(params, assignment, config, self.blocks, self.blocks.length or self.seq)
+            length = self.blocks.length or self.seq
+            blocks = block_memory(params, assignment, config, self.blocks, length, recipe.before.start)
         if recipe.before is None or not recipe.before.alone:
             bytes_ = memory.estimate(student, batch, objective, train, live, recipe.wrap)
         nbytes, bits, quantized = plans.total(table)
@@ -260,11 +265,14 @@ def with_recipe(train: TrainConfig, defaults: dict[str, Any], words: Sequence[st
     return dataclasses.replace(train, **own)
 
 
-def block_memory(params: Any, assignment: Any, config: Any, options: BlockOptions, length: int) -> dict[str, int]:
+def block_memory(
+    params: Any, assignment: Any, config: Any, options: BlockOptions, length: int, start: Any
+) -> dict[str, int]:
     """`step_memory` of the first layer of abstract parameters."""
     from lowbit import tree as trees
     from lowbit.qat.block_ap import step_memory
 
     first = "model.layers.0."
     layer = trees.build({p: a for p, a in trees.items(params) if p.startswith(first)})
-    return step_memory(config, layer, {s: f for s, f in assignment.items() if s.startswith(first)}, options, length)
+    own = {s: f for s, f in assignment.items() if s.startswith(first)}
+    return step_memory(config, layer, own, options, length, start)

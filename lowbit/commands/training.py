@@ -123,8 +123,9 @@ class Job:
 
             folder = run.path("blocks")
             o, stored = self.options.blocks, self.stored
+            labels = self.teacher if self.options.teacher is not None else None
             return self.recipe.before.run(
-                self.model, self.assignment, self.block_tokens, o, folder, on_block, stored, self.read
+                self.model, self.assignment, self.block_tokens, o, folder, on_block, stored, self.read, labels
             )
 
     def end_to_end(self, run: Any, rows: Any, params: Any, known: Any = None) -> Any:
@@ -236,8 +237,10 @@ def prepare(
         raise InputError(f"--seq is {options.seq} (allowed: at most the model's context, {model.config.max_position})")
     assignment = plan.resolve(model.config.shapes())
     teacher, objective = None, None
-    if train.taught and not alone:
-        teacher = model if options.teacher is None else load(options.teacher)
+    if options.teacher is not None:
+        teacher = load(options.teacher)
+    elif train.taught and not alone:
+        teacher = model
     if not alone:
         like = None if teacher is None else teacher.config
         objective = language(model.config, train, like, options.teacher_cache is not None)

@@ -42,17 +42,21 @@ class RunBefore(Protocol):
         on_block: Callable[[dict[str, Any], int], None] | None = None,
         stored: Stored | None = None,
         read: Readers | None = None,
+        teacher: Model | None = None,
     ) -> Tree:
         """The parameters that `prepare` gets; state lies in `directory`, and the same call goes on where one was
         interrupted. `on_block(report, blocks)` is called after each block, also those done earlier. With `read`, which
-        gives the model's leaves one at a time, `model.params` may be abstract."""
+        gives the model's leaves one at a time, `model.params` may be abstract. `teacher` gives the labels (default: the
+        model)."""
         ...
 
 
 class Before(NamedTuple):
-    """Work block by block before end-to-end training; with `alone`, no training follows."""
+    """Work block by block before end-to-end training; with `alone`, no training follows. `start` puts a layer into
+    training, as `Prepare` does the model."""
 
     run: RunBefore
+    start: Prepare
     alone: bool = False
 
 
@@ -113,4 +117,18 @@ def _without_keys(recipe: Recipe, keys: list[str]) -> Recipe:
 
 def _load_all() -> None:
     # Each module registers its recipes.
-    from lowbit.qat import bitnet, dorefa, efficientqat, llm_qat, loftq, lsq, paretoq, proximal, pv, qa_lora, qlora, ste  # noqa: F401
+    from lowbit.qat import (  # noqa: F401
+        bitnet,
+        dorefa,
+        efficientqat,
+        finetune,
+        llm_qat,
+        loftq,
+        lsq,
+        paretoq,
+        proximal,
+        pv,
+        qa_lora,
+        qlora,
+        ste,
+    )

@@ -14,6 +14,7 @@ Memory: float32 weights, gradients and two moments of *one* block, on the host t
 program is compiled for all blocks of one shape. A block that is done lies on disk, packed, before the next one starts.
 """
 
+import dataclasses
 import hashlib
 import json
 import math
@@ -33,7 +34,7 @@ from jaxtyping import Array, Float, Int
 from lowbit import tree as trees
 from lowbit import xla
 from lowbit.errors import InputError, Stopped
-from lowbit.formats.base import Latent
+from lowbit.formats.base import Coded, Latent, QTensor
 from lowbit.formats.fake_quant import PreparedInput
 from lowbit.models.config import ModelConfig
 from lowbit.models.decoder import block
@@ -48,7 +49,15 @@ from lowbit.train.loop import stop_signals
 from lowbit.tree import Tree
 
 ADAM = optax.scale_by_adam(0.9, 0.999, 1e-8)
-Latents = dict[str, Latent]  # by path inside of the layer
+# What learns, by path inside of the layer: a latent with its parameters, those of a `Coded`, or an array as it is.
+Latents = dict[str, Latent | dict[str, Any] | Array]
+# `start(params, assignment, stored=...)`: a layer in training.
+Start = Callable[..., Tree]
+
+
+def latent(params: Tree, assignment: Mapping[str, Any], *, stored: Stored | None = None) -> Tree:
+    """Block-AP's start: weights, scales and zero points learn."""
+    return prepare(params, assignment, learned, stored)
 
 
 class Trained(NamedTuple):
@@ -70,6 +79,8 @@ def block_ap(
     on_block: Callable[[dict[str, Any], int], None] | None = None,
     stored: Stored | None = None,
     read: Readers | None = None,
+    teacher: Model | None = None,
+    start: Start = latent,
 ) -> Tree:
     """The model's parameters with the sites of `assignment` (see `Plan.resolve`) packed after Block-AP.
 
@@ -81,6 +92,9 @@ def block_ap(
     and no more than one block of the float model is in memory. `on_block(report, blocks)` gets of each layer, also of
     one that an earlier call finished: `block`, `weights`, `start_mse`, `valid_mse`, `train_mse` (of the epoch that was
     kept), `best_epoch`, `epochs`, `seconds` and `seconds_per_million_weights`.
+
+    `teacher`, of the same shapes, gives the labels (default: the model itself). With a `start` that gives `Coded`s
+    (`lowbit.qat.finetune`) what is continuous in them learns, and the layer's norms with it.
 
     Raises `InputError` for too few rows, sites that do not exist, cannot be trained or are quantized already, and when
     an error is not finite; `Stopped` after SIGTERM or Ctrl-C.
@@ -97,23 +111,28 @@ def block_ap(
     outside = {s: f for s, f in assignment.items() if not any(s in own for own in sites.values())}
     rtn.check_paths(params, outside)
     within = {s: f for own in sites.values() for s, f in own.items()}
-    jax.eval_shape(lambda p: prepare(p, within, learned, stored), params)  # refuses what cannot be, computes nothing
+    jax.eval_shape(lambda p: start(p, within, stored=stored), params)  # refuses what cannot be, computes nothing
+    if teacher is not None and teacher.config != c:
+        raise InputError(f"teacher {teacher.source} of another shape than {model.source} (allowed: the same)")
+    labels = read if teacher is None else readers_of(teacher.params)
     layers = {p for own in inside.values() for p in own}
     out = {p: rtn.quantize_leaf(p, _array(leaf()), outside, stored) for p, leaf in read.items() if p not in layers}
     float_stream, stream = Stream(c, tokens_BT), Stream(c, tokens_BT)
     embed = "model.embed_tokens"
-    key = _first_key(c, tokens_BT, assignment, o, {embed: read[embed](), **(stored or {})})
+    key = _first_key(c, tokens_BT, assignment, o, start, {embed: read[embed](), **(stored or {})})
+    if teacher is not None:
+        key += teacher.fingerprint()
     done = [_Stored(None if directory is None else Path(directory) / f"{i:05}") for i in range(c.num_layers)]
     at = None  # the block whose inputs the streams hold; what is done already is passed only if something follows
 
     def advance(to: int) -> None:
         nonlocal at
         if at is None:
-            float_stream.start(read[embed]())
+            float_stream.start(labels[embed]())
             stream.start(out[embed])
             at = 0
         for j in range(at, to):
-            float_stream.advance(working(_layer(j, {p: _array(read[p]()) for p in inside[j]})), j)
+            float_stream.advance(working(_layer(j, {p: _array(labels[p]()) for p in inside[j]})), j)
             stream.advance(working(_layer(j, out)), j)
         at = to
 
@@ -123,7 +142,10 @@ def block_ap(
             key = _next_key(key, leaves)
             if (report := done[i].report(key)) is None:
                 advance(i)
-                solved = _solve(c, i, leaves, sites[i], stream, float_stream, o, stop.is_set, stored or {})
+                goal = leaves if teacher is None else {p: _array(labels[p]()) for p in paths}
+                student = start(trees.build(leaves), sites[i], stored=stored)
+                solved = _solve(c, i, leaves, student, goal, stream, float_stream, o, stop.is_set)
+                del goal, student
                 if solved is None:
                     where = "nothing was saved" if directory is None else f"those before are saved in {directory}"
                     raise Stopped(f"stopped in block {i + 1} of {c.num_layers}: {where}, continue with --resume")
@@ -146,24 +168,25 @@ def _solve(
     config: ModelConfig,
     index: int,
     leaves: Mapping[str, Any],
-    sites: Mapping[str, Any],
+    student: Tree,
+    goal: Mapping[str, Any],
     stream: Stream,
     float_stream: Stream,
     options: BlockOptions,
     stop: Callable[[], bool],
-    stored: Stored,
 ) -> tuple[dict[str, Any], dict[str, Any]] | None:
-    """A layer's parameters after Block-AP and its report. Takes the float stream through the layer."""
+    """A layer's parameters after training `student` and its report. Takes the float stream through `goal`."""
     begin = time.monotonic()
-    student = _layer(index, dict(trees.items(prepare(trees.build(leaves), sites, learned, stored))))
-    float_stream.advance(working(_layer(index, leaves)), index)
+    student = _layer(index, dict(trees.items(student)))
+    float_stream.advance(working(_layer(index, goal)), index)
     trained = train_block(config, student, stream, float_stream, index, options, stop)
     if trained is None:
         return None
-    packed = trees.items(convert(_merge(trained.latents, _split(student)[1])))
-    new = {f"model.layers.{index}.{p}": a for p, a in packed}
+    packed = dict(trees.items(convert(_merge(trained.latents, _split(student)[1]))))
+    new = {f"model.layers.{index}.{p}": a for p, a in packed.items()}
     new = {p: _as_it_came(a, leaves.get(p)) for p, a in new.items()}
-    return new, _report(index, trained, time.monotonic() - begin)
+    weights = sum(math.prod(q.shape) for q in map(unprepared, packed.values()) if isinstance(q, QTensor))
+    return new, _report(index, trained, weights, time.monotonic() - begin)
 
 
 def train_block(
@@ -175,8 +198,8 @@ def train_block(
     options: BlockOptions,
     stop: Callable[[], bool] = lambda: False,
 ) -> Trained | None:
-    """Trains the `Latent`s of one layer on the rows of `stream`, whose targets are those of `labels`; None when `stop`
-    says so in between. Raises `InputError` when an error is not finite."""
+    """Trains the `Latent`s and `Coded`s of one layer on the rows of `stream`, whose targets are those of `labels`; None
+    when `stop` says so in between. Raises `InputError` when an error is not finite."""
     o = options
     latents, rest = _split(student)
     valid_rows = [range(r, r + o.batch) for r in range(o.rows, o.rows + o.valid_rows, o.batch)]
@@ -214,7 +237,12 @@ def train_block(
 
 
 def step_memory(
-    config: ModelConfig, layer: Tree, assignment: Mapping[str, Any], options: BlockOptions, length: int
+    config: ModelConfig,
+    layer: Tree,
+    assignment: Mapping[str, Any],
+    options: BlockOptions,
+    length: int,
+    start: Start = latent,
 ) -> dict[str, int]:
     """Bytes of training one layer (its arrays may be abstract, its paths and those of `assignment` full ones), from
     compiling its step: `params`, `optimizer`, all `arguments` of the step, its `temporaries`, and the two `streams`."""
@@ -222,7 +250,7 @@ def step_memory(
     def begin() -> Any:
         full = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), layer)
         index = int(next(iter(full["model"]["layers"])))
-        latents, rest = _split(_layer(index, dict(trees.items(prepare(full, assignment, learned)))))
+        latents, rest = _split(_layer(index, dict(trees.items(start(full, assignment)))))
         return latents, ADAM.init(latents), rest
 
     latents, state, rest = jax.eval_shape(begin)
@@ -254,35 +282,48 @@ def _layer(index: int, leaves: Mapping[str, Any]) -> Tree:
     return trees.build({p.removeprefix(prefix): a for p, a in leaves.items() if p.startswith(prefix)})
 
 
+def unprepared(leaf: Any) -> Any:
+    return leaf.w if isinstance(leaf, PreparedInput) else leaf
+
+
 def _split(layer: Tree) -> tuple[Latents, dict[str, Any]]:
-    """The latents of a layer, and all else in float32."""
+    """What learns of a layer, and all else in float32."""
     latents: Latents = {}
     rest: dict[str, Any] = {}
+    coded = False
     for path, leaf in trees.items(layer):
-        w = leaf.w if isinstance(leaf, PreparedInput) else leaf
+        w = unprepared(leaf)
         if isinstance(w, Latent):
             latents[path] = w
             if w is not leaf:
                 rest[path] = PreparedInput(None, leaf.act, leaf.op, leaf.params)
+        elif isinstance(w, Coded):
+            latents[path], coded = w.params, True
+            rest[path] = rtn.with_weight(leaf, dataclasses.replace(w, params={}))
         else:
             rest |= dict(trees.items(working(trees.build({path: leaf}))))
+    if coded:
+        latents |= {p: rest.pop(p) for p in list(rest) if p.endswith("norm")}
     return latents, rest
 
 
 def _merge(latents: Latents, rest: Mapping[str, Any]) -> Tree:
     flat = dict(rest)
-    for path, latent in latents.items():
-        flat[path] = rtn.with_weight(rest.get(path), latent)
+    for path, w in latents.items():
+        leaf = rest.get(path)
+        if isinstance(w, dict):
+            w = dataclasses.replace(unprepared(leaf), params=w)
+        flat[path] = rtn.with_weight(leaf, w)
     return trees.build(flat)
 
 
 def _as_it_came(leaf: Any, source: Any) -> Any:
-    """What is not quantized, as it was before it was made float32."""
+    """What is not quantized, in the type that it had before it was made float32."""
     if isinstance(leaf, PreparedInput) and isinstance(source, PreparedInput):
         return rtn.with_weight(leaf, _as_it_came(leaf.w, source.w))
     if isinstance(leaf, PreparedInput):
         return rtn.with_weight(leaf, _as_it_came(leaf.w, source))
-    return source if isinstance(leaf, jax.Array) else leaf
+    return leaf.astype(source.dtype) if isinstance(leaf, jax.Array) else leaf
 
 
 def _rates(latents: Latents, options: BlockOptions) -> Latents:
@@ -294,10 +335,11 @@ def _rates(latents: Latents, options: BlockOptions) -> Latents:
         shape = tuple(latent.w.shape)
         return 2e-5 if 8 * encoded_bytes(latent.format, shape) < 3 * math.prod(shape) else 1e-5
 
-    return {
-        p: Latent(np.float32(weight(a)), dict.fromkeys(a.params, np.float32(options.quant_lr)), a.format)
-        for p, a in latents.items()
-    }
+    def one(learned: Any) -> Any:
+        rates = jax.tree.map(lambda _: np.float32(options.quant_lr), learned)
+        return dataclasses.replace(rates, w=np.float32(weight(learned))) if isinstance(learned, Latent) else rates
+
+    return {p: one(a) for p, a in latents.items()}
 
 
 def _error(config: ModelConfig, latents: Latents, rest: Mapping[str, Any], x: Array, y: Array, index: Any) -> Array:
@@ -353,8 +395,7 @@ def _nbytes(tree: Any) -> int:
 # -- what is kept -----------------------------------------------------------------------------------------------------
 
 
-def _report(index: int, t: Trained, seconds: float) -> dict[str, Any]:
-    weights = sum(a.w.size for a in t.latents.values())
+def _report(index: int, t: Trained, weights: int, seconds: float) -> dict[str, Any]:
     kept = t.best - 1
     return {
         "block": index,
@@ -402,10 +443,12 @@ def _first_key(
     tokens_BT: np.ndarray,
     assignment: Mapping[str, Any],
     options: BlockOptions,
+    start: Start,
     arrays: Mapping[str, Any],
 ) -> str:
     plan = json.dumps({site: fmt.name for site, fmt in assignment.items()}, sort_keys=True)
-    h = hashlib.sha256(f"{config} {plan} {options} {tokens_BT.shape} ".encode() + tokens_BT.tobytes())
+    facts = f"{config} {plan} {options} {start.__name__} {tokens_BT.shape} "
+    h = hashlib.sha256(facts.encode() + tokens_BT.tobytes())
     return _next_key(h.hexdigest(), arrays)
 
 

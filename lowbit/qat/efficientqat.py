@@ -26,7 +26,7 @@ from lowbit.plan import INPUT
 from lowbit.ptq import rtn
 from lowbit.qat import latents
 from lowbit.qat.base import Before, Recipe, register
-from lowbit.qat.block_ap import block_ap
+from lowbit.qat.block_ap import block_ap, latent
 from lowbit.qat.latents import Stored
 from lowbit.tree import Tree
 
@@ -61,16 +61,16 @@ def packed(params: Tree, assignment: Mapping[str, Any], *, stored: Stored | None
     return trees.map_leaves(one, params)
 
 
-def scales(params: Tree, assignment: Mapping[str, Any], *, stored: Stored | None = None) -> Tree:
-    """`packed`, with scales to be trained: a `Coded` at every weight of `assignment`. Raises `InputError` as `packed`
-    does, and for a format without scales."""
+def scales(params: Tree, assignment: Mapping[str, Any], *, stored: Stored | None = None, every: bool = False) -> Tree:
+    """`packed`, with scales (or `every` real array) to be trained: a `Coded` at every weight of `assignment`. Raises
+    `InputError` as `packed` does, and for a format without scales."""
 
     def one(path: str, leaf: Any) -> Any:
         if not isinstance(assignment.get(path), Format):
             return leaf
         whole = leaf if isinstance(leaf, PreparedInput) else PreparedInput(leaf)
         try:
-            coded = Coded.of(whole.w)
+            coded = Coded.of(whole.w, every)
         except InputError as e:
             raise InputError(f"{path}: {e}") from e
         return dataclasses.replace(leaf, w=coded) if isinstance(leaf, PreparedInput) else coded
@@ -81,6 +81,6 @@ def scales(params: Tree, assignment: Mapping[str, Any], *, stored: Stored | None
 # AdamW, the rate for 2 bits (1e-5 at 3 and 4) and the gradient norm of the paper's E2E-QP; what is no scale is frozen.
 E2E = {"lr": 2e-5, "scale_lr": 1.0, "lr_groups": (("[^:]+", 0.0),), "b2": 0.999, "clip": 0.3}
 
-register(Recipe("block-ap", packed, latents.convert, {}, before=Before(block_ap, alone=True)))
+register(Recipe("block-ap", packed, latents.convert, {}, before=Before(block_ap, latent, alone=True)))
 register(Recipe("e2e-qp", scales, latents.convert, E2E))
-register(Recipe("efficientqat", scales, latents.convert, E2E, before=Before(block_ap)))
+register(Recipe("efficientqat", scales, latents.convert, E2E, before=Before(block_ap, latent)))

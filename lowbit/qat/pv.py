@@ -11,44 +11,35 @@ k-quants, integers. The start is what a solver gave (`lowbit quantize`, a packed
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from lowbit import tree as trees
-from lowbit.errors import InputError
-from lowbit.formats.base import SHIFT, Coded, Format
+from lowbit.formats.base import SHIFT, Coded
 from lowbit.formats.fake_quant import PreparedInput
 from lowbit.qat import latents
 from lowbit.qat.base import Recipe, register
-from lowbit.qat.efficientqat import packed
+from lowbit.qat.efficientqat import scales
 from lowbit.qat.latents import Stored
 from lowbit.tree import Tree
 
 
 def prepare(params: Tree, assignment: Mapping[str, Any], *, stored: Stored | None = None) -> Tree:
     """A `Coded` with a shift at every weight of `assignment`: what is packed in its format stays, float weights are
-    rounded to nearest. Raises `InputError` as `efficientqat.packed` does, and for a format that stores nothing real."""
-
-    def one(path: str, leaf: Any) -> Any:
-        if not isinstance(assignment.get(path), Format):
-            return leaf
-        whole = leaf if isinstance(leaf, PreparedInput) else PreparedInput(leaf)
-        try:
-            coded = Coded.of(whole.w, every=True).with_shift()
-        except InputError as e:
-            raise InputError(f"{path}: {e}") from e
-        return dataclasses.replace(leaf, w=coded) if isinstance(leaf, PreparedInput) else coded
-
-    return trees.map_leaves(one, packed(params, assignment, stored=stored))
+    rounded to nearest. Raises `InputError` as `efficientqat.scales` does."""
+    return _each(scales(params, assignment, stored=stored, every=True), Coded.with_shift)
 
 
 def revise(params: Tree, fraction: float) -> Tree:
     """The V step: `Coded.revised` of every weight that has a shift."""
+    return _each(params, lambda c: c.revised(fraction) if SHIFT in c.params else c)
 
+
+def _each(params: Tree, change: Callable[[Coded], Coded]) -> Tree:
     def one(_: str, leaf: Any) -> Any:
         if isinstance(leaf, PreparedInput):
             return dataclasses.replace(leaf, w=one("", leaf.w))
-        return leaf.revised(fraction) if isinstance(leaf, Coded) and SHIFT in leaf.params else leaf
+        return change(leaf) if isinstance(leaf, Coded) else leaf
 
     return trees.map_leaves(one, params)
 
