@@ -6,7 +6,7 @@ Purpose: docs/qat.md's table. A row is a recipe and a format of the linears insi
     parameters: one for 3 bits and below, one for 4; published recipes keep everything else that they say.
 Command: lowbit run experiments/qat.py
 Device: 2 CPU cores; the model and TinyStories lie in the folder that LOWBIT_SHARED names (default ../shared)
-Expected time: 36 minutes for 50 rows and one seed, beside other work
+Expected time: 15 minutes a seed on 2 free CPU cores, 36 beside other work
 Expected numbers: learned scales ahead of fitted ones at 3 bits and below; docs/qat.md has all
 """
 
