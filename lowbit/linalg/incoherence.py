@@ -45,11 +45,11 @@ class Incoherence:
         y = self._sums(pinned(w_OI.astype(jnp.float32)), True)
         return pinned(pinned(y * self._scale) * sv_O1) * su_1I
 
-    def hessian(self, H_II: Any, su_1I: Float[Array, "1 I"]) -> Float[Array | np.ndarray, "I I"]:
+    def hessian(self, H_II: Any, su_1I: Float[Array | np.ndarray, "1 I"]) -> Float[Array | np.ndarray, "I I"]:
         """`T_I diag(s_U) H diag(s_U) T_I^T`: what `H` is to inputs of the rotated weight. float64 numpy stays so."""
         return _both(self.columns, H_II, su_1I)
 
-    def output_hessian(self, H_OO: Any, sv_O1: Float[Array, "O 1"]) -> Float[Array | np.ndarray, "O O"]:
+    def output_hessian(self, H_OO: Any, sv_O1: Float[Array | np.ndarray, "O 1"]) -> Float[Array | np.ndarray, "O O"]:
         """`T_O diag(s_V) H_O diag(s_V) T_O^T`, the same for the outputs' side."""
         return _both(self.rows, H_OO, sv_O1)
 

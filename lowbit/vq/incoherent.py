@@ -5,7 +5,8 @@ back. QuIP# (arXiv 2402.04396) and QTIP (2406.11235) transform the full width, E
 
 | key before the inner name | |
 |---|---|
-| `dct`, `blocks` | what takes the place of a Hadamard matrix where none of the order is known (`hadamard.transform`); `rht128:blocks` takes smaller blocks where 128 does not divide |
+| `dct`, `blocks` | what takes the place of a Hadamard matrix where none of the order is known (`hadamard.transform`) |
+| `blocks` of `rht128` | smaller blocks where 128 does not divide: the largest power of two that does |
 | `f16` | the sign vectors are kept as fp16 and trained, as scales of the rows and columns; otherwise one bit a sign |
 | `seedN` | another draw of the signs |
 """
