@@ -13,7 +13,7 @@ from lowbit.commands.common import Flag, Model, Result, Word, WordPath, check_ou
 from lowbit.commands.inspect import make_plan
 from lowbit.commands.transform import fitted
 from lowbit.errors import InputError, unknown
-from lowbit.ptq.options import GptqOptions, LdlqOptions, YaqaOptions
+from lowbit.ptq.options import AqlmOptions, GptqOptions, LdlqOptions, LnqOptions, VptqOptions, YaqaOptions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +38,9 @@ class Quantize:
     gptq: GptqOptions = GptqOptions()
     ldlq: LdlqOptions = LdlqOptions()
     yaqa: YaqaOptions = YaqaOptions()
+    aqlm: AqlmOptions = AqlmOptions()
+    vptq: VptqOptions = VptqOptions()
+    lnq: LnqOptions = LnqOptions()
     force: Flag = False
     """Replace what is in --out."""
     json: Flag = False
@@ -60,7 +63,7 @@ class Quantize:
         documents = [text] if isinstance(text, str) else text
         if solver.calibrates and documents is None:
             raise InputError(f"solver {self.solver} without --calib (allowed: a calibration text)")
-        given = {o.solver: o for o in (self.gptq, self.ldlq, self.yaqa)}
+        given = {o.solver: o for o in (self.gptq, self.ldlq, self.yaqa, self.aqlm, self.vptq, self.lnq)}
         for name, own in given.items():
             if self.solver != name and own != type(own)():
                 raise InputError(f"--{name} options with solver {self.solver} (allowed: with --solver {name})")

@@ -1,4 +1,4 @@
-"""Packing of b-bit codes, b in 1..8, into uint8 words: a dense little-endian bit stream along the last axis.
+"""Packing of b-bit codes, b in 1..24, into uint8 words: a dense little-endian bit stream along the last axis.
 
 Code `i` of a row occupies bits `[i*b, (i+1)*b)` of that row's stream; bit `j` of the stream is bit `j % 8` of byte
 `j // 8`. Rows are padded to a whole byte, so a row of `n` codes takes `ceil(n*b/8)` bytes. The same layout, seen as
@@ -23,8 +23,8 @@ def packed_size(n: int, bits: int) -> int:
 
 def _period(bits: int) -> tuple[int, int]:
     """`(codes, bytes)` after which the bit pattern repeats."""
-    if not 1 <= bits <= 8:
-        raise FormatError(f"{bits} bits per code (allowed: 1 to 8)")
+    if not 1 <= bits <= 24:
+        raise FormatError(f"{bits} bits per code (allowed: 1 to 24)")
     g = math.gcd(bits, 8)
     return 8 // g, bits // g
 
@@ -65,8 +65,8 @@ def unpack(packed: UInt8[Array, "*batch m"], bits: int, n: int) -> Int[Array, "*
     for i in range(per):
         j, shift = divmod(i * bits, 8)
         word = u[..., j] >> shift
-        if shift + bits > 8:
-            word = word | (u[..., j + 1] << (8 - shift))
+        for more in range(1, -(-(shift + bits) // 8)):
+            word = word | (u[..., j + more] << (8 * more - shift))
         codes.append(word & ((1 << bits) - 1))
     out = jnp.stack(codes, axis=-1)
     return out.reshape(*out.shape[:-2], -1)[..., :n].astype(jnp.int32)

@@ -227,7 +227,7 @@ def _solve(
     back_K = jnp.zeros(I // t, order_I.dtype).at[order_K].set(jnp.arange(I // t))
     codes, w_hat_OI = (rearrange(a.reshape(I // t, -1, a.shape[-1])[back_K], "k c o -> o (k c)") for a in (codes, hats))
     if refit:
-        params = {k: rearrange(a, "n r p -> r (n p)") for k, a in fitted.items()}
+        params = {k: rearrange(a, "n r p ... -> r (n p) ...") for k, a in fitted.items()}
     error = jnp.sum(loss_O) - jnp.sum(jnp.square(d_IO) * added_I[order_I][:, None])
     return codes, params, w_hat_OI, error
 

@@ -77,6 +77,96 @@ class YaqaOptions:
         _check(self, {"rows": 1, "length": 0, "rounds": 1}, {})
 
 
+@dataclasses.dataclass(frozen=True)
+class AqlmOptions:
+    """What AQLM takes besides the plan and the text."""
+
+    solver: ClassVar[str] = "aqlm"
+
+    rows: int = 128
+    """Rows of calibration tokens, drawn without replacement."""
+    length: int = 0
+    """Tokens of a row (0: the model's context, 2048 at most)."""
+    seed: int = 0
+    """Of the draw, and of the order in which codes are searched."""
+    damping: float = 0.01
+    """Share of the mean diagonal of H that is added to its diagonal."""
+    beam: int = 4
+    """States of a row that the search for codes keeps; 1: each code by itself, the fastest."""
+    turns: int = 8
+    """Times that codebooks and codes are fitted, at most."""
+    tol: float = 0.01
+    """Share of the error that a turn has to gain for another one."""
+    inputs: Literal["float", "quantized"] = "float"
+    """quantized: the activation formats of the plan are applied while calibrating, too."""
+    hessian: Literal["float32", "float64"] = "float32"
+    """What H is accumulated in."""
+    batch: int = 8
+    """Rows that go through a layer at once."""
+
+    def __post_init__(self) -> None:
+        """Raises `InputError` on a value that cannot be."""
+        _check(self, {"rows": 1, "length": 0, "beam": 1, "turns": 1, "batch": 1}, _WORDS)
+        _check_tol(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class VptqOptions:
+    """What VPTQ takes besides the plan and the text."""
+
+    solver: ClassVar[str] = "vptq"
+
+    rows: int = 128
+    """Rows of calibration tokens, drawn without replacement."""
+    length: int = 0
+    """Tokens of a row (0: the model's context, 2048 at most)."""
+    seed: int = 0
+    """Of the draw."""
+    damping: float = 0.01
+    """Share of the mean diagonal of H that is added to its diagonal."""
+    order: Literal["act", "columns"] = "act"
+    """act: columns by descending diagonal of H, codebooks fitted beforehand; columns: as they are, those of groups of
+    columns fitted when reached."""
+    turns: int = 4
+    """Times that codebooks and codes are fitted after the first round, at most; 0: the first round is all."""
+    cycles: int = 2
+    """Times that each turn goes over the codes."""
+    tol: float = 0.01
+    """Share of the error that a turn has to gain for another one."""
+    inputs: Literal["float", "quantized"] = "float"
+    """quantized: the activation formats of the plan are applied while calibrating, too."""
+    hessian: Literal["float32", "float64"] = "float32"
+    """What H is accumulated in."""
+    batch: int = 8
+    """Rows that go through a layer at once."""
+
+    def __post_init__(self) -> None:
+        """Raises `InputError` on a value that cannot be."""
+        words = {"order": ("act", "columns"), **_WORDS}
+        _check(self, {"rows": 1, "length": 0, "turns": 0, "cycles": 1, "batch": 1}, words)
+        _check_tol(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class LnqOptions(VptqOptions):
+    """LNQ is the same for a codebook of scalars in each row, with its paper's turns."""
+
+    solver: ClassVar[str] = "lnq"
+
+    turns: int = 3
+    """Times that codebooks and codes are fitted after the first round, at most; 0: the first round is all."""
+    cycles: int = 4
+    """Times that each turn goes over the codes."""
+
+
+_WORDS = {"inputs": ("float", "quantized"), "hessian": ("float32", "float64")}
+
+
+def _check_tol(options: Any) -> None:
+    if not (math.isfinite(options.tol) and 0 <= options.tol < 1):
+        raise InputError(f"{options.solver} tol is {options.tol} (allowed: 0 to 1)")
+
+
 def _check(options: Any, least: dict[str, int], words: dict[str, tuple[str, ...]]) -> None:
     """Raises `InputError` on counts below the least, words that are not allowed, and damping outside of 0 to 1."""
     solver = options.solver

@@ -35,11 +35,13 @@ X = np.random.default_rng(1).standard_normal((3, SHAPE[1])).astype(np.float32)
 # Formats that add no pair of choices to the others run with `-m slow` only.
 SPARE = """f32 int1:channel:paretoq ternary:channel:paretoq-compat
 int2:g64 int2:g64:mse int3:g64 ternary:channel ternary:g64:lsq ternary:tensor:f32 q4_0:mse:lsq
-q2_0:mse q5_0:mse:clip q2_k q2_k:absmax:lsq q3_k q4_k:lsq q5_k q5_k:absmax:rounded q6_k mxfp4:lsq nf2 nf4""".split()
+q2_0:mse q5_0:mse:clip q2_k q2_k:absmax:lsq q3_k q4_k:lsq q5_k q5_k:absmax:rounded q6_k mxfp4:lsq nf2 nf4
+aqlm:1x8:g8 aqlm:3x3:g4 vptq:v4:k16 vptq:v4:k16:s gptvq:v1:k4:c64:n4 nuq1 nuq3 nuq4""".split()
 # The laws that compile large programs run over one format of each code path by default.
 MOST = """bf16 int1:g64 int2:g64:midrise:mse:paretoq ternary:channel:paretoq
 int2:tensor:asym:mse int3:g64:asym:rounded int4:g64 int4:g64:clip:bf16 ternary:tensor
-q4_0 q4_1 tq1_0 q4_k q6_k:absmax:fixed2 mxfp4:mse:clip nf4:dq rht:f16:int4:g64:clip""".split()
+q4_0 q4_1 tq1_0 q4_k q6_k:absmax:fixed2 mxfp4:mse:clip nf4:dq rht:f16:int4:g64:clip
+aqlm:2x4:g4 vptq:v4:k16:r32 nuq2""".split()
 REST = [n for n in NAMES if n not in MOST]
 
 
@@ -104,6 +106,10 @@ def test_integer_examples_cover_every_pair():
         ("ternary:paretoq-compat", "ternary:tensor:paretoq-compat"),
         ("q4_k:clip:absmax", "q4_k:absmax:clip"),
         ("mxfp4:fixed1:mse", "mxfp4:mse:fixed1"),
+        ("aqlm:g4:2x8", "aqlm:2x8:g4"),
+        ("aqlm", "aqlm:1x8:g8"),
+        ("vptq:s:r16:k256:v8", "vptq:v8:k256:r16:s"),
+        ("gptvq", "gptvq:v4:k16:c256"),
     ],
 )
 def test_other_spellings(spelled: str, canonical: str):
@@ -248,6 +254,13 @@ def test_size_law(name: str):
         ("q5_k", 176 * 8 / 256),
         ("q6_k", 210 * 8 / 256),
         ("mxfp4", 17 * 8 / 32),
+        ("aqlm:2x4:g4", 2 + (2 * 16 * 4 + 8) * 16 / 4096),  # codes, codebooks, a scale a row
+        ("aqlm:3x3:g4", 9 / 4 + (3 * 8 * 4 + 8) * 16 / 4096),
+        ("vptq:v4:k16:r32", 9 / 4 + (16 + 32) * 4 * 16 / 4096),
+        ("vptq:v2:k16:o8", 2 + (2 * 16 * 2 + 8) * 16 / 4096),
+        ("vptq:v4:k16:s", 1 + (16 * 4 + 512) * 16 / 4096),
+        ("gptvq:v2:k16:c64", 2 + 8 * 16 * 2 * 16 / 4096),
+        ("nuq3", 3 + 8 * 8 * 16 / 4096),
     ],
 )
 def test_declared_bits(name: str, bits: float):
@@ -564,6 +577,14 @@ def test_mesh(names: list[str]):
         ("nf4:mse", r"unknown key of nf4 'mse' \(allowed: dq, g64\)"),
         ("nf4:g32:g64", r"nf4: key 'g64' gives a second block"),
         ("nf5", r"unknown format 'nf5'; did you mean 'nf\d'"),
+        ("aqlm:2x8:g8:g4", r"aqlm: key 'g4' gives a second vector length"),
+        ("aqlm:1x17", r"aqlm: 1x17 \(allowed: 1 to 8 codebooks of 1 to 16 bits\)"),
+        ("vptq:v4:k100", r"vptq: codebook of 100 vectors \(allowed: powers of two, 2 to 65536\)"),
+        ("vptq:v8:k65536:r65536", r"vptq: 32 bits of codes for a vector \(allowed: at most 24\)"),
+        ("vptq:k4:k4", r"vptq: key 'k4' gives a second k"),
+        ("vptq:c64", r"unknown key of vptq 'c64'"),
+        ("gptvq:v2:k4:n3", r"gptvq: codebooks for 3 rows \(allowed: multiples of 2\)"),
+        ("nuq2:g64", r"unknown key 'g64' of nuq2 \(allowed: none\)"),
         ("bf16:g64", r"unknown key 'g64' of bf16 \(allowed: none\)"),
     ],
 )
