@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import importlib
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, ClassVar
@@ -58,7 +59,7 @@ class QTensor:
         """The weights, computed in float32 and cast to `dtype`."""
         return self.format.decode(self)
 
-    def codes(self) -> tuple[Int[Array, "O I"], Params]:
+    def codes(self) -> tuple[Int[Array, "O C"], Params]:
         """The unpacked codes and the stored parameters."""
         return unpacked(self)
 
@@ -140,7 +141,7 @@ class Latent:
         q = self.format.fake_quant(self.w, self.params or self.dynamic_params())
         return q if self.mix is None else blend(self.w, q, self.mix)
 
-    def codes(self) -> tuple[Int[Array, "O I"], Params]:
+    def codes(self) -> tuple[Int[Array, "O C"], Params]:
         """The codes of the quantized weight and the parameters as stored; no gradient."""
         w, params = jax.lax.stop_gradient((self.w, self.params))
         stored = self.format.stored(params or self.dynamic_params())
@@ -186,7 +187,7 @@ class Coded:
         """The weight that the forward pass sees: what `encode` gives, decoded."""
         return _coded_value(self.format, self.shape, self.dtype, self.arrays, self.params)
 
-    def codes(self) -> tuple[Int[Array, "O I"], Params]:
+    def codes(self) -> tuple[Int[Array, "O C"], Params]:
         """The codes and the parameters as stored; no gradient."""
         return _coded(self.format, self.shape, *jax.lax.stop_gradient((self.arrays, self.params)))
 
@@ -246,19 +247,20 @@ class Format:
         """Parameters rounded to what is stored, still float32; stored ones stay as they are."""
         raise TypeError(f"{self.name} has no stored")
 
-    def quantize(self, w_OI: Float[Array, "O I"], stored: Params) -> Int[Array, "O I"]:
-        """Nearest codes."""
+    def quantize(self, w_OI: Float[Array, "O I"], stored: Params) -> Int[Array, "O C"]:
+        """Nearest codes: one a weight (C = I), or one for all weights of a tile; those of neighbouring columns lie side by
+        side along the last axis."""
         raise TypeError(f"{self.name} has no quantize")
 
-    def dequantize(self, codes_OI: Int[Array, "O I"], stored: Params) -> Float[Array, "O I"]:
+    def dequantize(self, codes_OI: Int[Array, "O C"], stored: Params) -> Float[Array, "O I"]:
         """Weights of codes, float32."""
         raise TypeError(f"{self.name} has no dequantize")
 
-    def pack(self, codes_OI: Int[Array, "O I"], stored: Params) -> dict[str, Array]:
+    def pack(self, codes_OI: Int[Array, "O C"], stored: Params) -> dict[str, Array]:
         """Arrays as stored."""
         raise TypeError(f"{self.name} has no pack")
 
-    def unpack(self, arrays: Mapping[str, Array], shape: tuple[int, int]) -> tuple[Int[Array, "O I"], Params]:
+    def unpack(self, arrays: Mapping[str, Array], shape: tuple[int, int]) -> tuple[Int[Array, "O C"], Params]:
         """Inverse of `pack`."""
         raise TypeError(f"{self.name} has no unpack")
 
@@ -359,7 +361,7 @@ def _fraction(fmt: Format, w: Array, params: Params) -> Array:
     return jnp.mean(fmt.passes(w, fmt.stored(params)).astype(jnp.float32))
 
 
-def unpacked(q: QTensor) -> tuple[Int[Array, "O I"], Params]:
+def unpacked(q: QTensor) -> tuple[Int[Array, "O C"], Params]:
     """`q.format.unpack` of its arrays in one compiled program for a format and a shape."""
     return _unpack(q.format, q.shape, q.arrays)
 
@@ -430,6 +432,9 @@ _coded_value.defvjp(_coded_fwd, _coded_bwd)
 
 _FAMILIES: dict[str, Callable[[list[str]], Format]] = {}
 _EXAMPLES: dict[str, list[str]] = {}
+# Formats whose codes are vectors lie one floor above and use this one; they are loaded by name, and nothing of them is
+# used here.
+_VECTORS = ("lowbit.vq.e8",)
 
 
 def register(family: str, parse: Callable[[list[str]], Format], examples: list[str]) -> None:
@@ -468,3 +473,6 @@ def names() -> list[str]:
 def _load_all() -> None:
     # Imported on first use: each module registers its families, and this file stays below them.
     from lowbit.formats import dorefa, floats, ggml, integer, kquant, mx, normal_float, ternary  # noqa: F401
+
+    for name in _VECTORS:
+        importlib.import_module(name)
