@@ -36,12 +36,13 @@ X = np.random.default_rng(1).standard_normal((3, SHAPE[1])).astype(np.float32)
 SPARE = """f32 int1:channel:paretoq ternary:channel:paretoq-compat
 int2:g64 int2:g64:mse int3:g64 ternary:channel ternary:g64:lsq ternary:tensor:f32 q4_0:mse:lsq
 q2_0:mse q5_0:mse:clip q2_k q2_k:absmax:lsq q3_k q4_k:lsq q5_k q5_k:absmax:rounded q6_k mxfp4:lsq nf2 nf4
-aqlm:1x8:g8 aqlm:3x3:g4 vptq:v4:k16 vptq:v4:k16:s gptvq:v1:k4:c64:n4 nuq1 nuq3 nuq4""".split()
+aqlm:1x8:g8 aqlm:3x3:g4 vptq:v4:k16 vptq:v4:k16:s gptvq:v1:k4:c64:n4 nuq1 nuq3 nuq4
+e8p3:rho0.98:r2.04""".split()
 # The laws that compile large programs run over one format of each code path by default.
 MOST = """bf16 int1:g64 int2:g64:midrise:mse:paretoq ternary:channel:paretoq
 int2:tensor:asym:mse int3:g64:asym:rounded int4:g64 int4:g64:clip:bf16 ternary:tensor
 q4_0 q4_1 tq1_0 q4_k q6_k:absmax:fixed2 mxfp4:mse:clip nf4:dq rht:f16:int4:g64:clip
-aqlm:2x4:g4 vptq:v4:k16:r32 nuq2""".split()
+aqlm:2x4:g4 vptq:v4:k16:r32 nuq2 e8p2:mse e8p3 e8p4""".split()
 REST = [n for n in NAMES if n not in MOST]
 
 
@@ -110,6 +111,7 @@ def test_integer_examples_cover_every_pair():
         ("aqlm", "aqlm:1x8:g8"),
         ("vptq:s:r16:k256:v8", "vptq:v8:k256:r16:s"),
         ("gptvq", "gptvq:v4:k16:c256"),
+        ("e8p4:mse:r3.750:rho0.89", "e8p4:mse"),
     ],
 )
 def test_other_spellings(spelled: str, canonical: str):
@@ -242,6 +244,9 @@ def test_size_law(name: str):
         ("q2_0", 2.25),
         ("tq1_0", 1.6875),
         ("tq2_0", 2.0625),
+        ("e8p2", 2 + 32 / 4096),
+        ("e8p3", 3 + 32 / 4096),
+        ("e8p4:mse", 4 + 32 / 4096),
         ("nf4", 4.5),
         ("nf3:g32", 4),
         ("nf2", 2.5),
@@ -576,6 +581,12 @@ def test_mesh(names: list[str]):
         ("q4_1:absmax", r"unknown key of q4_1 'absmax'"),
         ("nf4:mse", r"unknown key of nf4 'mse' \(allowed: dq, g64\)"),
         ("nf4:g32:g64", r"nf4: key 'g64' gives a second block"),
+        ("e8p2:r2", r"unknown key of e8p2 'r2' \(allowed: mse, rho1.03\)"),
+        ("e8p3:rho", r"unknown key of e8p3 'rho'; did you mean 'rho1.0'\? \(allowed: mse, r1.84, rho1.0\)"),
+        ("e8p3:r1.9:r2", r"e8p3: key 'r2' gives a second residual \(allowed: one\)"),
+        ("e8p4:rho0", r"e8p4: rho 0 \(allowed: 0.1 to 10\)"),
+        ("e8p4:r0.5", r"e8p4: residual 0.5 \(allowed: 1 to 16\)"),
+        ("e8p5", r"unknown format 'e8p5'; did you mean 'e8p\d'"),
         ("nf5", r"unknown format 'nf5'; did you mean 'nf\d'"),
         ("aqlm:2x8:g8:g4", r"aqlm: key 'g4' gives a second vector length"),
         ("aqlm:1x17", r"aqlm: 1x17 \(allowed: 1 to 8 codebooks of 1 to 16 bits\)"),
