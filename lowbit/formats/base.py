@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import importlib
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, ClassVar
@@ -468,3 +469,5 @@ def names() -> list[str]:
 def _load_all() -> None:
     # Imported on first use: each module registers its families, and this file stays below them.
     from lowbit.formats import dorefa, floats, ggml, integer, kquant, mx, normal_float, ternary  # noqa: F401
+
+    importlib.import_module("lowbit.vq")  # formats of vectors, a floor above: it may know this one, not the reverse

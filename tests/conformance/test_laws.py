@@ -36,11 +36,13 @@ X = np.random.default_rng(1).standard_normal((3, SHAPE[1])).astype(np.float32)
 # Formats that add no pair of choices to the others run with `-m slow` only.
 SPARE = """f32 int1:channel:paretoq ternary:channel:paretoq-compat
 int2:g64 int2:g64:mse int3:g64 ternary:channel ternary:g64:lsq ternary:tensor:f32 q4_0:mse:lsq
-q2_0:mse q5_0:mse:clip q2_k q2_k:absmax:lsq q3_k q4_k:lsq q5_k q5_k:absmax:rounded q6_k mxfp4:lsq nf2 nf4""".split()
+q2_0:mse q5_0:mse:clip q2_k q2_k:absmax:lsq q3_k q4_k:lsq q5_k q5_k:absmax:rounded q6_k mxfp4:lsq nf2 nf4
+trellis2:mcg trellis2:1mad:l12 trellis3:hyb:qtip""".split()
 # The laws that compile large programs run over one format of each code path by default.
 MOST = """bf16 int1:g64 int2:g64:midrise:mse:paretoq ternary:channel:paretoq
 int2:tensor:asym:mse int3:g64:asym:rounded int4:g64 int4:g64:clip:bf16 ternary:tensor
-q4_0 q4_1 tq1_0 q4_k q6_k:absmax:fixed2 mxfp4:mse:clip nf4:dq""".split()
+q4_0 q4_1 tq1_0 q4_k q6_k:absmax:fixed2 mxfp4:mse:clip nf4:dq
+trellis2:mcg:l10 trellis2:hyb:l10 trellis2.5:mul1:l10""".split()
 REST = [n for n in NAMES if n not in MOST]
 
 
@@ -104,6 +106,9 @@ def test_integer_examples_cover_every_pair():
         ("int2:midrise:paretoq", "int2:channel:midrise:paretoq"),
         ("ternary:paretoq-compat", "ternary:tensor:paretoq-compat"),
         ("q4_k:clip:absmax", "q4_k:absmax:clip"),
+        ("trellis2.5:l16:v1:mcg", "trellis2.5:mcg"),
+        ("trellis3:qtip:v2:l12:hyb", "trellis3:hyb:l12:qtip"),
+        ("trellis2:v2:lut", "trellis2:lut:v2"),
         ("mxfp4:fixed1:mse", "mxfp4:mse:fixed1"),
     ],
 )
@@ -168,7 +173,7 @@ def test_affine_reconstructs_decode(name: str):
         q = encoded(name, what)
         affine = q.format.affine(q)
         if affine is None:
-            assert isinstance(q.format, FloatFormat | NormalFloat)
+            assert isinstance(q.format, FloatFormat | NormalFloat) or q.format.tile != (1, 1)
             return
         assert affine.codes.shape == SHAPE and affine.scale.shape == (SHAPE[0], SHAPE[1] // affine.group)
         assert same_bits(affine.decode(), q.decode()), what
@@ -191,7 +196,7 @@ def foreign_decode(type: str, blocks: np.ndarray) -> np.ndarray:
 @every
 def test_ggml_blocks_decode_to_the_same_weights(name: str):
     ggml_type = name.split(":")[0].upper()
-    if isinstance(base.get(name), FloatFormat | NormalFloat):
+    if isinstance(base.get(name), FloatFormat | NormalFloat) or base.get(name).tile != (1, 1):
         return
     for what in W:
         q = encoded(name, what)
@@ -229,7 +234,7 @@ def test_size_law(name: str):
         ("int4:g64", 4.25),
         ("int4:g64:asym", 4 + (16 + 4) / 64),
         ("int8:g32:f32", 9),
-        ("ternary:tensor", 2 + 16 / 4096),
+        ("ternary:tensor", 2 + 16 / 8192),
         ("ternary:g256", 2.0625),
         ("q8_0", 8.5),
         ("q4_0", 4.5),
@@ -240,7 +245,7 @@ def test_size_law(name: str):
         ("nf4", 4.5),
         ("nf3:g32", 4),
         ("nf2", 2.5),
-        ("nf4:dq", 4 + (8 + 32 / 8) / 64 + 32 / 4096),  # 8 rows: a step for as many absmax, an offset for all
+        ("nf4:dq", 4 + (8 + 32 / 16) / 64 + 32 / 8192),  # 16 rows: a step for as many absmax, an offset for all
         ("q5_0", 5.5),
         ("q5_1", 6),
         ("q2_k", 84 * 8 / 256),
@@ -249,6 +254,10 @@ def test_size_law(name: str):
         ("q5_k", 176 * 8 / 256),
         ("q6_k", 210 * 8 / 256),
         ("mxfp4", 17 * 8 / 32),
+        ("trellis2:mcg", 2 + 32 / 8192),
+        ("trellis2.5:mul1:l10", 2.5 + 32 / 8192),
+        ("trellis1.5:hyb", 1.5 + (32 + 512 * 2 * 16) / 8192),
+        ("trellis4:lut:l8", 4 + (32 + 256 * 16) / 8192),
     ],
 )
 def test_declared_bits(name: str, bits: float):
@@ -511,7 +520,7 @@ def test_shape_law(name: str):
         one = jax.tree.map(lambda a: a[0], stack)
         return stack, mapped, scanned, *jax.grad(loss, has_aux=True)(x, one)
 
-    x = np.repeat(X, 3, axis=0)[: SHAPE[0]]
+    x = np.resize(X, SHAPE)
     stack, mapped, scanned, grad, rematted = run(ws, x)
     for i, q in enumerate(each):
         assert same_tree(jax.tree.map(lambda a, i=i: a[i], stack), q)
@@ -564,6 +573,13 @@ def test_mesh(names: list[str]):
         ("q4_1:absmax", r"unknown key of q4_1 'absmax'"),
         ("nf4:mse", r"unknown key of nf4 'mse' \(allowed: dq, g64\)"),
         ("nf4:g32:g64", r"nf4: key 'g64' gives a second block"),
+        ("trellis2", r"trellis2 without a code \(allowed: 1mad, 3inst, mcg, mul1, hyb, lut\)"),
+        ("trellis9:mcg", r"unknown format 'trellis9:mcg'; did you mean 'trellis\d"),
+        ("trellis2:mgc", r"unknown key of trellis2 'mgc'; did you mean 'mcg'"),
+        ("trellis2:mcg:v2", r"trellis2: v2 of code 'mcg' \(allowed: v1\)"),
+        ("trellis2:mcg:hyb", r"trellis2: key 'hyb' gives a second code"),
+        ("trellis5:hyb", r"trellis5: steps of 2 values and 10 bits \(allowed: up to 8 bits\)"),
+        ("trellis2:mcg:l3", r"trellis2: l3 \(allowed: l4 to l20\)"),
         ("nf5", r"unknown format 'nf5'; did you mean 'nf\d'"),
         ("bf16:g64", r"unknown key 'g64' of bf16 \(allowed: none\)"),
     ],
