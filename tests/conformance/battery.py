@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 
-SHAPE = (8, 512)  # rows hold two of the largest blocks (256)
+SHAPE = (16, 512)  # rows hold two of the largest blocks (256), columns a tile of a trellis
 
 
 def weights() -> dict[str, np.ndarray]:

@@ -37,12 +37,13 @@ SPARE = """f32 int1:channel:paretoq ternary:channel:paretoq-compat
 int2:g64 int2:g64:mse int3:g64 ternary:channel ternary:g64:lsq ternary:tensor:f32 q4_0:mse:lsq
 q2_0:mse q5_0:mse:clip q2_k q2_k:absmax:lsq q3_k q4_k:lsq q5_k q5_k:absmax:rounded q6_k mxfp4:lsq nf2 nf4
 aqlm:1x8:g8 aqlm:3x3:g4 vptq:v4:k16 vptq:v4:k16:s gptvq:v1:k4:c64:n4 nuq1 nuq3 nuq4
-e8p3:rho0.98:r2.04""".split()
+e8p3:rho0.98:r2.04 trellis2:mcg trellis2:1mad:l12 trellis3:hyb:qtip""".split()
 # The laws that compile large programs run over one format of each code path by default.
 MOST = """bf16 int1:g64 int2:g64:midrise:mse:paretoq ternary:channel:paretoq
 int2:tensor:asym:mse int3:g64:asym:rounded int4:g64 int4:g64:clip:bf16 ternary:tensor
 q4_0 q4_1 tq1_0 q4_k q6_k:absmax:fixed2 mxfp4:mse:clip nf4:dq rht:f16:int4:g64:clip
-aqlm:2x4:g4 vptq:v4:k16:r32 nuq2 e8p2:mse e8p3 e8p4""".split()
+aqlm:2x4:g4 vptq:v4:k16:r32 nuq2 e8p2:mse e8p3 e8p4
+trellis2:mcg:l10 trellis2:hyb:l10 trellis2.5:mul1:l10""".split()
 REST = [n for n in NAMES if n not in MOST]
 
 
@@ -106,6 +107,9 @@ def test_integer_examples_cover_every_pair():
         ("int2:midrise:paretoq", "int2:channel:midrise:paretoq"),
         ("ternary:paretoq-compat", "ternary:tensor:paretoq-compat"),
         ("q4_k:clip:absmax", "q4_k:absmax:clip"),
+        ("trellis2.5:l16:v1:mcg", "trellis2.5:mcg"),
+        ("trellis3:qtip:v2:l12:hyb", "trellis3:hyb:l12:qtip"),
+        ("trellis2:v2:lut", "trellis2:lut:v2"),
         ("mxfp4:fixed1:mse", "mxfp4:mse:fixed1"),
         ("aqlm:g4:2x8", "aqlm:2x8:g4"),
         ("aqlm", "aqlm:1x8:g8"),
@@ -236,7 +240,7 @@ def test_size_law(name: str):
         ("int4:g64", 4.25),
         ("int4:g64:asym", 4 + (16 + 4) / 64),
         ("int8:g32:f32", 9),
-        ("ternary:tensor", 2 + 16 / 4096),
+        ("ternary:tensor", 2 + 16 / 8192),
         ("ternary:g256", 2.0625),
         ("q8_0", 8.5),
         ("q4_0", 4.5),
@@ -250,7 +254,7 @@ def test_size_law(name: str):
         ("nf4", 4.5),
         ("nf3:g32", 4),
         ("nf2", 2.5),
-        ("nf4:dq", 4 + (8 + 32 / 8) / 64 + 32 / 4096),  # 8 rows: a step for as many absmax, an offset for all
+        ("nf4:dq", 4 + (8 + 32 / 16) / 64 + 32 / 8192),  # 16 rows: a step for as many absmax, an offset for all
         ("q5_0", 5.5),
         ("q5_1", 6),
         ("q2_k", 84 * 8 / 256),
@@ -266,6 +270,10 @@ def test_size_law(name: str):
         ("vptq:v4:k16:s", 1 + (16 * 4 + 512) * 16 / 4096),
         ("gptvq:v2:k16:c64", 2 + 8 * 16 * 2 * 16 / 4096),
         ("nuq3", 3 + 8 * 8 * 16 / 4096),
+        ("trellis2:mcg", 2 + 32 / 8192),
+        ("trellis2.5:mul1:l10", 2.5 + 32 / 8192),
+        ("trellis1.5:hyb", 1.5 + (32 + 512 * 2 * 16) / 8192),
+        ("trellis4:lut:l8", 4 + (32 + 256 * 16) / 8192),
     ],
 )
 def test_declared_bits(name: str, bits: float):
@@ -528,7 +536,7 @@ def test_shape_law(name: str):
         one = jax.tree.map(lambda a: a[0], stack)
         return stack, mapped, scanned, *jax.grad(loss, has_aux=True)(x, one)
 
-    x = np.repeat(X, 3, axis=0)[: SHAPE[0]]
+    x = np.resize(X, SHAPE)
     stack, mapped, scanned, grad, rematted = run(ws, x)
     for i, q in enumerate(each):
         assert same_tree(jax.tree.map(lambda a, i=i: a[i], stack), q)
@@ -587,6 +595,13 @@ def test_mesh(names: list[str]):
         ("e8p4:rho0", r"e8p4: rho 0 \(allowed: 0.1 to 10\)"),
         ("e8p4:r0.5", r"e8p4: residual 0.5 \(allowed: 1 to 16\)"),
         ("e8p5", r"unknown format 'e8p5'; did you mean 'e8p\d'"),
+        ("trellis2", r"trellis2 without a code \(allowed: 1mad, 3inst, mcg, mul1, hyb, lut\)"),
+        ("trellis9:mcg", r"unknown format 'trellis9:mcg'; did you mean 'trellis\d"),
+        ("trellis2:mgc", r"unknown key of trellis2 'mgc'; did you mean 'mcg'"),
+        ("trellis2:mcg:v2", r"trellis2: v2 of code 'mcg' \(allowed: v1\)"),
+        ("trellis2:mcg:hyb", r"trellis2: key 'hyb' gives a second code"),
+        ("trellis5:hyb", r"trellis5: steps of 2 values and 10 bits \(allowed: up to 8 bits\)"),
+        ("trellis2:mcg:l3", r"trellis2: l3 \(allowed: l4 to l20\)"),
         ("nf5", r"unknown format 'nf5'; did you mean 'nf\d'"),
         ("aqlm:2x8:g8:g4", r"aqlm: key 'g4' gives a second vector length"),
         ("aqlm:1x17", r"aqlm: 1x17 \(allowed: 1 to 8 codebooks of 1 to 16 bits\)"),
