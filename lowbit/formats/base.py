@@ -307,17 +307,21 @@ class Format:
 
     def recode(
         self,
-        codes: Int[Array, "*c"],
+        codes: Int[Array, "Oc Ic"],
         stored: Params,
         w_OI: Float[Array, "O I"],
         shift_OI: Float[Array, "O I"],
         fraction: float,
-    ) -> tuple[Int[Array, "*c"], Bool[Array, "P Q"]]:
+    ) -> tuple[Int[Array, "Oc Ic"], Float[Array, "O I"]]:
         """`codes`, whose weights are `w`, with the `fraction` of the tiles whose `shift` is largest encoded at
-        `w + shift`; and which tiles those are, `[O / tile[0], I / tile[1]]`."""
-        chosen = largest_tiles(shift_OI, self.tile, fraction)
+        `w + shift`; and the shift that is left, 0 in those tiles."""
+        norms_PQ, chosen = largest_tiles(shift_OI, self.tile, fraction)
+        mask_PQ = (
+            jnp.zeros(norms_PQ.size, bool).at[chosen].set(norms_PQ.reshape(-1)[chosen] > 0).reshape(norms_PQ.shape)
+        )
         new = self.quantize(w_OI + shift_OI, stored)
-        return jnp.where(spread_over(chosen, codes.shape), new, codes), chosen
+        new = jnp.where(spread_over(mask_PQ, codes.shape), new, codes)
+        return new, jnp.where(spread_over(mask_PQ, shift_OI.shape), 0.0, shift_OI)
 
     @property
     def idempotent(self) -> bool:
@@ -485,19 +489,18 @@ def _revised(
     fmt: Format, shape: tuple[int, int], fraction: float, arrays: dict[str, Array], params: Params
 ) -> tuple[dict[str, Array], Array]:
     codes, stored = _coded(fmt, shape, arrays, params)
-    shift = params[SHIFT]
-    codes, chosen = fmt.recode(codes, stored, fmt.dequantize(codes, stored), shift, fraction)
+    codes, left = fmt.recode(codes, stored, fmt.dequantize(codes, stored), params[SHIFT], fraction)
     packed = fmt.pack(codes, stored)
-    return {k: packed[k] for k in arrays}, jnp.where(spread_over(chosen, shift.shape), 0.0, shift)
+    return {k: packed[k] for k in arrays}, left
 
 
-def largest_tiles(shift_OI: Float[Array, "O I"], tile: tuple[int, int], fraction: float) -> Bool[Array, "P Q"]:
-    """Which tiles `[O / tile[0], I / tile[1]]` are the `fraction` (one at least) with the largest sum of squares, above
-    0."""
-    norms = rearrange(jnp.square(shift_OI), "(p o) (q i) -> p q (o i)", o=tile[0], i=tile[1]).sum(axis=-1)
-    count = max(1, round(fraction * norms.size))
-    least = jax.lax.top_k(norms.reshape(-1), count)[0][-1]
-    return (norms >= least) & (norms > 0)
+def largest_tiles(
+    shift_OI: Float[Array, "O I"], tile: tuple[int, int], fraction: float
+) -> tuple[Float[Array, "P Q"], Int[Array, " n"]]:
+    """Sums of squares of the tiles, `[O / tile[0], I / tile[1]]`, and which `fraction` of them (one at least) are the
+    largest, as indices of the flattened grid."""
+    norms_PQ = rearrange(jnp.square(shift_OI), "(p o) (q i) -> p q (o i)", o=tile[0], i=tile[1]).sum(axis=-1)
+    return norms_PQ, jax.lax.top_k(norms_PQ.reshape(-1), max(1, round(fraction * norms_PQ.size)))[1]
 
 
 def spread_over(grid: Array, shape: tuple[int, ...]) -> Array:

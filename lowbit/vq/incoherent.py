@@ -172,6 +172,19 @@ class Incoherent(Format):
         g_su, g_sv = jnp.sum(both, axis=0, keepdims=True), jnp.sum(both, axis=1, keepdims=True)
         return gw_OI, {**g_inner, "su": g_su / own["su"], "sv": g_sv / own["sv"]}
 
+    def recode(
+        self,
+        codes: Int[Array, "Oc Ic"],
+        stored: Params,
+        w_OI: Float[Array, "O I"],
+        shift_OI: Float[Array, "O I"],
+        fraction: float,
+    ) -> tuple[Int[Array, "Oc Ic"], Float[Array, "O I"]]:
+        """The inner format's, in the rotated space: its tiles are what moves."""
+        there = self.enter(w_OI, stored), self.enter(shift_OI, stored)
+        codes, left = self.inner.recode(codes, _inner(stored), *there, fraction)
+        return codes, self.leave(left, stored)
+
     def check_values(self, w_OI: Float[Array, "O I"], params: Params) -> None:
         super().check_values(w_OI, params)
         for k in SIGNS if self.trained else ():
