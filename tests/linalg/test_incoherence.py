@@ -80,7 +80,7 @@ def test_outliers_are_gone(block):
     assert kurtosis(w.astype(np.float64)) > 100
     # A block of 128 leaves the outliers in their own block of rows and columns.
     blocks = [inside] if block is None else [inside[a : a + 128, b : b + 128] for a in (0, 128) for b in (0, 128, 256)]
-    assert all(abs(kurtosis(b) - 3) < 0.5 for b in blocks)
+    assert all(abs(kurtosis(b) - 3) < 1.5 for b in blocks)
     if block is None:
         assert np.abs(inside).max() * np.sqrt(w.size) / np.linalg.norm(w) < 2 * np.log(4 * w.size / 0.01)
 
