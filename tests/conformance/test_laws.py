@@ -42,7 +42,7 @@ e8p3:rho0.98:r2.04""".split()
 MOST = """bf16 int1:g64 int2:g64:midrise:mse:paretoq ternary:channel:paretoq
 int2:tensor:asym:mse int3:g64:asym:rounded int4:g64 int4:g64:clip:bf16 ternary:tensor
 q4_0 q4_1 tq1_0 q4_k q6_k:absmax:fixed2 mxfp4:mse:clip nf4:dq
-e8p2:mse e8p3 e8p4""".split()
+e8p2 e8p3 e8p4""".split()
 REST = [n for n in NAMES if n not in MOST]
 
 
