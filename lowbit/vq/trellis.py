@@ -19,7 +19,6 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
@@ -47,14 +46,14 @@ ORDERS = {
 class TrellisFormat(Format):
     """Tiles of 16 x 16 weights as closed paths through a trellis, times one scale; see the module.
 
-    Parameters: `scale`, float32 `[1, 1]`, stored with 12 significant bits so that products are exact in float32, and for
-    `hyb` and `lut` `codebook`, `[2^9, 2]` and `[2^L, V]`, stored in fp16. Codes are int32 `[O/16, I/16 * 256/V]`, a
-    step's bits each, a tile's last step first. Gradients: a weight's passes; the scale's is `level - w/scale`, `level`
-    of weights beyond the code's largest value (LSQ's rule, arXiv 1902.08153); a codebook entry's is the sum over the
-    weights that it stands for, times the scale.
+    Parameters: `scale`, float32 `[1, 1]`, stored with 12 significant bits so that products are exact in float32, and
+    for `hyb` and `lut` `codebook`, `[2^9, 2]` and `[2^L, V]`, stored in fp16. Codes are int32 `[O/16, I/16 * 256/V]`,
+    a step's bits each, a tile's last step first. Gradients: a weight's passes; the scale's is `level - w/scale`, and
+    `level` of weights beyond the code's largest value (LSQ's rule, arXiv 1902.08153); a codebook entry's is the sum
+    over the weights that it stands for, times the scale.
     """
 
-    K: float = 2
+    K: float = 2.0
     code: str = "mcg"
     L: int = 16
     V: int = 1
@@ -178,9 +177,8 @@ class TrellisFormat(Format):
         for k, size in want.items():
             if k not in arrays or tuple(arrays[k].shape) != size:
                 got = list(arrays[k].shape) if k in arrays else "none"
-                raise FormatError(
-                    f"{self.name}: array {k} of shape {got} for a weight {list(shape)} (must be {list(size)})"
-                )
+                what = f"array {k} of shape {got} for a weight {list(shape)}"
+                raise FormatError(f"{self.name}: {what} (must be {list(size)})")
         stored = {k: arrays[k].astype(jnp.float32) for k in want if k != "codes"}
         return unpack(arrays["codes"], widths, n), stored
 

@@ -1,7 +1,7 @@
-"""What the states of a trellis stand for: codes of QTIP (arXiv 2406.11235, section 3.2 and its authors' constants) and EXL3.
+"""What the states of a trellis stand for: codes of QTIP (arXiv 2406.11235, section 3.2, its authors' constants) and EXL3.
 
-A computed code turns a state into a value by a few integer operations on it, and needs no table; `hyb` looks up pairs of
-values in a small one; `lut` has a value (or V) for each state. With x the state as uint32, all arithmetic modulo 2^32:
+A computed code turns a state into a value by a few integer operations on it, and needs no table; `hyb` looks up pairs
+of values in a small one; `lut` has a value (or V) for each state. With x the state as uint32, all modulo 2^32:
 
 | code | V | value |
 |---|---|---|
@@ -9,7 +9,7 @@ values in a small one; `lut` has a value (or V) for each state. With x the state
 | `3inst` | 1 | two halves of `(89226354 x + 64248484) & 0x8FFF8FFF ^ 0x3B603B60`, added in fp16 |
 | `mcg` | 1 | the same of `0xCBAC1FED x` (EXL3) |
 | `mul1` | 1 | the bytes of `0x83DCD12D x` summed, times 0.00677 less 10.39, in fp16 with one rounding (EXL3) |
-| `hyb` | 2 | with `h = x (x + 1)`: row `h >> (15 - Q)` modulo 2^Q of a table of Q = 9 bits; bit 15 of h flips the first |
+| `hyb` | 2 | with `h = x (x + 1)`: row `h >> (15 - Q)` modulo 2^Q, Q = 9, of a table; bit 15 of h flips the first |
 | `lut` | any | the state's row of a table |
 
 Values are exact in float32 with at most 11 significant bits, in eager and in jitted programs and whatever a compiler

@@ -19,8 +19,8 @@ contract them with the sums or not. What all states have in common is taken away
 the costs of its neighbours.
 
 Measured on two cores with AVX-512 (L = 16, 2 bits): tiles as the last axis, 64 at once, 3 ms of CPU for a pass over 256
-weights; 16 at once 3.7; tiles as the first axis 19 (that is a scalar program). The next step's inputs are carried: a slice
-of all of them, fused into the sums, makes them scalar too (14 ms).
+weights; 16 at once 3.7. The next step's inputs are carried: a slice of all of them, fused into the sums, makes those a
+scalar program (14 ms).
 """
 
 from functools import partial
@@ -62,7 +62,7 @@ def short(x: Float[Array, "*s"], bits: int = 12, up: bool = False) -> Float[Arra
 
 
 def batch_of(trellis: Trellis, steps: int, memory: int = MEMORY) -> int:
-    """Tiles that one program holds at once: as many as keep the vectors long, within `memory` bytes of back-pointers."""
+    """Tiles that one program holds at once: enough for long vectors, within `memory` bytes of back-pointers."""
     per_tile = steps * 2 ** (trellis.L - min(trellis.widths))
     return max(1, min(2 ** max(22 - trellis.L, 4), memory // per_tile))
 
