@@ -131,7 +131,13 @@ def scratch(
     recipe = qat.get("bitnet" if ternary else "ste")
     assignment = Plan((), "ternary:tensor").resolve(model.shapes()) if ternary else {}
     own = {"steps": config.steps, "batch_size": config.batch_size, "lr": lr, "warmup": config.steps // 16, "seed": seed}
-    own |= {"optimizer": config.optimizer, "loss": "ce", "log_every": 16, "save_every": max(1, config.steps // 4), "keep": 1}
+    own |= {
+        "optimizer": config.optimizer,
+        "loss": "ce",
+        "log_every": 16,
+        "save_every": max(1, config.steps // 4),
+        "keep": 1,
+    }
     settings = TrainConfig(**{"weight_decay": config.weight_decay} | recipe.defaults | own)
     params = recipe.prepare(init_params(model, jax.random.key(seed)), assignment)
     name = f"{'b1.58' if ternary else 'fp'} {width} {seed}"
