@@ -8,8 +8,9 @@
 | `intN:pact:pos` | 0..2^N-1 times s | s = alpha / (2^N-1) | PACT, eq. 1: for inputs that are not negative |
 
 One scale (and offset) per linear, float32, stored with the weights. They start from calibration (`fit`): s at
-`2 mean|x| / sqrt(Qp)` for LSQ, the range for LSQ+ (whose paper minimises the squared error instead) and PACT; with `rR`
-the range times R for all.
+`2 mean|x| / sqrt(Qp)` for LSQ; for LSQ+, whose paper minimises the squared error, the part of the range that does so
+for a Laplace distribution of the same `mean|x|` (ACIQ, arXiv 1810.05723, eq. 5); the range for PACT; with `rR` the
+range times R for all.
 
 LSQ's factor on the gradients of s is `1 / sqrt(features * Qp)`, Qp the highest level; PACT has none. DoReFa's rule for
 activations (arXiv 1606.06160) is `intN:pact:pos` with a scale that is not trained, `1 / (2^N - 1)`.
@@ -69,6 +70,9 @@ class LearnedAct(ActFormat):
         low, high = self.range_of(high_I, low_I)
         r, top = self.grid.ratio, self.levels[1]
         if self.grid.asym:
+            if r == 1.0 and absmean_I is not None:
+                most = float(np.mean(np.asarray(absmean_I, np.float64))) * _clip(self.grid.width)
+                low, high = max(low, -most), min(high, most)
             return {"scale": jnp.float32(max(r * (high - low) / top, SMALLEST)), "offset": jnp.float32(r * low)}
         if self.rule == "lsq" and r == 1.0 and absmean_I is not None:
             scale = 2 * float(np.mean(np.asarray(absmean_I, np.float64))) / math.sqrt(top)
@@ -94,6 +98,15 @@ class LearnedAct(ActFormat):
 
     def value(self, x: Float[Array, "*batch I"], params: dict[str, Any]) -> Float[Array, "*batch I"]:
         return _learned(self, x, params)
+
+
+def _clip(width: int) -> float:
+    """Where to clip a Laplace distribution for the least squared error of evenly spaced levels, over its mean
+    magnitude: `x e^x = 3 * 4^width`."""
+    x = 1.0
+    for _ in range(50):  # Newton on the logarithm
+        x -= (math.log(x) + x - math.log(3 * 4**width)) / (1 / x + 1)
+    return x
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
