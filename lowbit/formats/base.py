@@ -248,8 +248,8 @@ class Format:
         raise TypeError(f"{self.name} has no stored")
 
     def quantize(self, w_OI: Float[Array, "O I"], stored: Params) -> Int[Array, "O C"]:
-        """Nearest codes: one a weight (C = I), or one for all weights of a tile; those of neighbouring columns lie side by
-        side along the last axis."""
+        """Nearest codes: one a weight (C = I), or one for all weights of a tile; those of neighbouring columns lie side
+        by side along the last axis."""
         raise TypeError(f"{self.name} has no quantize")
 
     def dequantize(self, codes_OI: Int[Array, "O C"], stored: Params) -> Float[Array, "O I"]:
