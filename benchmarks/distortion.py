@@ -8,8 +8,8 @@ own scales and decoded from the packed bytes. Rows:
 
     python benchmarks/distortion.py [--seed 0] [--quick] [--plot distortion.png] [--json]
 
-`--json` prints one object last: `{"bound": {"1": ...}, "lloyd_max": {...}, "e8p": {"2": ..., "3": ..., "4": ...}, ...}`,
-and under `speed` seconds per million weights. `--peer-path DIR`, a checkout of QuIP# (Cornell-RelaxML/quip-sharp, GPL,
+`--json` prints one object last, `{"bound": {"1": ...}, "lloyd_max": {...}, "e8p": {"2": ..., "3": ..., "4": ...}}`, and
+under `speed` seconds per million weights. `--peer-path DIR`, a checkout of QuIP# (Cornell-RelaxML/quip-sharp, GPL,
 never vendored; needs torch and CUDA-less import, see `peer`), measures its own nearest point on the same input.
 """
 
@@ -65,7 +65,7 @@ ROWS += [scalar_rows, e8p_rows]
 
 
 def e8p_speed(args: argparse.Namespace) -> dict[str, Any]:
-    """Seconds per million weights of the encoders on rows of 4096, compiled, the least of five calls; and the peer's."""
+    """Seconds per million weights of the encoders on rows of 4096, compiled, the least of five calls; the peer's."""
     rows = 32 if args.quick else 512
     w = np.random.default_rng(args.seed).standard_normal((rows, 4096)).astype(np.float32)
     out: dict[str, Any] = {"weights": w.size, "threads": os.cpu_count()}

@@ -25,6 +25,7 @@ VERBS: dict[str, tuple[str, str, str]] = {  # verb: (module, options class, one 
     "generate": ("generate", "Generate", "continue a prompt"),
     "synthesize": ("synthesize", "Synthesize", "training text that a model writes itself"),
     "inspect": ("inspect", "Inspect", "configuration, tensors and sizes of a model"),
+    "plan": ("rates", "PlanRates", "choose a format for each tensor under a budget of bytes"),
     "estimate": ("inspect", "Estimate", "size and memory of a quantization, before doing it"),
     "formats": ("inspect", "Formats", "list the formats"),
     "report": ("run", "Report", "table, plot and page from results"),

@@ -275,7 +275,8 @@ class Format:
         raise TypeError(f"{self.name} has no stored")
 
     def quantize(self, w_OI: Float[Array, "O I"], stored: Params) -> Int[Array, "Oc Ic"]:
-        """Nearest codes."""
+        """Nearest codes: one a weight, or one for all weights of a tile; those of neighbouring columns lie side by side
+        along the last axis."""
         raise TypeError(f"{self.name} has no quantize")
 
     def dequantize(self, codes: Int[Array, "Oc Ic"], stored: Params) -> Float[Array, "O I"]:

@@ -12,7 +12,7 @@ from lowbit.errors import InputError
 
 @functools.cache
 def lloyd_max(bits: int) -> tuple[Float[np.ndarray, " n"], float]:
-    """`(levels, error)` of the 2^bits levels, ascending, float64, and the mean squared error of N(0, 1), in closed form.
+    """`(levels, error)`: the 2^bits levels, ascending, float64, and the mean squared error of N(0, 1), in closed form.
 
     Each level is the mean of its cell and each border the middle of two levels; iterated until no level moves by 1e-13.
     Raises `InputError` unless bits are 1 to 8.
