@@ -4,12 +4,13 @@ Each row is relative to the sample's own variance, from fresh draws of `--seed`,
 own scales and decoded from the packed bytes. Rows:
 
 - `bound`: 2^-2R; `lloyd_max`: the best scalar quantizer, in closed form;
-- `e8p`: `e8p2`, `e8p3`, `e8p4` (2^20 samples), and `e8p_shipped` with the scales that QuIP# ships.
+- `e8p`: `e8p2`, `e8p3`, `e8p4` (2^20 samples), and `e8p_shipped` with the scales that QuIP# ships;
+- `trellis`: the best code of one value a step, and `hyb`: QTIP's code for pairs (`trellis_rows.py`).
 
     python benchmarks/distortion.py [--seed 0] [--quick] [--plot distortion.png] [--json]
 
-`--json` prints one object last, `{"bound": {"1": ...}, "lloyd_max": {...}, "e8p": {"2": ..., "3": ..., "4": ...}}`, and
-under `speed` seconds per million weights. `--peer-path DIR`, a checkout of QuIP# (Cornell-RelaxML/quip-sharp, GPL,
+`--json` prints one object last, `{"bound": {"1": ...}, "lloyd_max": {...}, "e8p": {"2": ..., "3": ..., "4": ...},
+"trellis": {"1": ...}, "hyb": {...}}`, under `codes` all trellis codes, and under `speed` seconds per million weights. `--peer-path DIR`, a checkout of QuIP# (Cornell-RelaxML/quip-sharp, GPL,
 never vendored; needs torch and CUDA-less import, see `peer`), measures its own nearest point on the same input.
 """
 
@@ -25,6 +26,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import jax
 import jax.numpy as jnp
 import numpy as np
+from trellis_rows import trellis_rows
 
 from lowbit.formats import base as formats
 from lowbit.vq.lloyd_max import lloyd_max
@@ -58,7 +60,7 @@ def e8p_rows(args: argparse.Namespace) -> Row:
     }
 
 
-ROWS += [scalar_rows, e8p_rows]
+ROWS += [scalar_rows, e8p_rows, trellis_rows]
 
 
 # -- speed ------------------------------------------------------------------------------------------------------------
@@ -174,13 +176,14 @@ def main() -> None:
     rows: Row = {}
     for make in ROWS:
         rows |= make(args)
+    codes = rows.pop("codes")
     speed = e8p_speed(args)
     print(table(rows))
     print("seconds per million weights:", ", ".join(f"{k} {speed[k]:.4f}" for k in ("e8p2", "e8p3", "e8p4")))
     if args.plot is not None:
         plot(rows, args.plot)
     if args.json:
-        print(json.dumps({**rows, "speed": speed, "seed": args.seed}))
+        print(json.dumps({**rows, "codes": codes, "speed": speed, "seed": args.seed}))
 
 
 if __name__ == "__main__":

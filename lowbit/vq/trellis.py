@@ -29,7 +29,7 @@ from lowbit.formats.base import Format, FormatError, Params, largest_tiles, regi
 from lowbit.formats.floats import LARGEST, SMALLEST_SCALE, power_of_two, round_to
 from lowbit.formats.packing import pack, packed_size, unpack
 from lowbit.formats.reduce import order_free_mean
-from lowbit.vq.trellis_codes import CODES, COMPUTED, codebook_of, hyb_row, rms_of, values
+from lowbit.vq.trellis_codes import CODES, COMPUTED, codebook_of, rms_of, rows_of, values
 from lowbit.vq.viterbi import Trellis, inputs_of, short, states_of, tail_biting
 
 SIDE, T = 16, 256
@@ -47,10 +47,10 @@ class TrellisFormat(Format):
     """Tiles of 16 x 16 weights as closed paths through a trellis, times one scale; see the module.
 
     Parameters: `scale`, float32 `[1, 1]`, stored with 12 significant bits so that products are exact in float32, and
-    for `hyb` and `lut` `codebook`, `[2^9, 2]` and `[2^L, V]`, stored in fp16. Codes are int32 `[O/16, I/16 * 256/V]`,
-    a step's bits each, a tile's last step first. Gradients: a weight's passes; the scale's is `level - w/scale`, and
-    `level` of weights beyond the code's largest value (LSQ's rule, arXiv 1902.08153); a codebook entry's is the sum
-    over the weights that it stands for, times the scale.
+    for `hyb`, `lut` and `latin` `codebook`, `[2^9, 2]`, `[2^L, V]` and `[2^10, 1]`, stored in fp16. Codes are int32
+    `[O/16, I/16 * 256/V]`, a step's bits each, a tile's last step first. Gradients: a weight's passes; the scale's is
+    `level - w/scale`, and `level` of weights beyond the code's largest value (LSQ's rule, arXiv 1902.08153); a codebook
+    entry's is the sum over the weights that it stands for, times the scale.
     """
 
     K: float = 2.0
@@ -74,6 +74,11 @@ class TrellisFormat(Format):
         return Trellis(self.L, (int(bits),) if bits == int(bits) else (int(bits), int(bits) + 1), self.V)
 
     @property
+    def codebook(self) -> Float[np.ndarray, "R V"] | None:
+        """The table that `init` starts with."""
+        return codebook_of(self.code, self.L, self.V)
+
+    @property
     def ratio(self) -> float:
         """RMS of the weights, in units of the scale, over RMS of the code: `init`'s choice."""
         return float(np.interp(self.K, list(RATIOS), list(RATIOS.values())))
@@ -81,7 +86,7 @@ class TrellisFormat(Format):
     def check(self, shape: tuple[int, ...]) -> None:
         if len(shape) != 2 or min(shape) < 1 or shape[0] % SIDE or shape[1] % SIDE:
             raise FormatError(f"{self.name}: weight of shape {tuple(shape)} (both sides must be multiples of {SIDE})")
-        book = codebook_of(self.code, self.L, self.V)
+        book = self.codebook
         if book is not None and 2 * book.size > 2 * shape[0] * shape[1]:
             raise FormatError(
                 f"{self.name}: codebook of {2 * book.size} bytes for a weight of shape {tuple(shape)} "
@@ -99,9 +104,9 @@ class TrellisFormat(Format):
         """The scale that suits normal weights of the RMS of `w` (`stats` is not used), and the code's own codebook."""
         unit = jnp.maximum(power_of_two(jnp.max(jnp.abs(w_OI))), SMALLEST_SCALE["f32"])
         square = order_free_mean(rearrange(jnp.square(w_OI / unit), "o i -> o 1 i"), over_rows=True)
-        factor = np.float32(1 / (self.ratio * rms_of(self.code, self.L, self.V)))
+        factor = np.float32(1 / (self.ratio * rms_of(self.code, self.trellis)))
         params = {"scale": jnp.sqrt(square) * factor * unit}
-        book = codebook_of(self.code, self.L, self.V)
+        book = self.codebook
         return params if book is None else {**params, "codebook": jnp.asarray(book)}
 
     def stored(self, params: Params) -> Params:
@@ -112,7 +117,8 @@ class TrellisFormat(Format):
 
     def table(self, stored: Params) -> Float[Array, "V S"]:
         """What the 2^L states give, in units of the scale."""
-        return values(self.code, jnp.arange(2**self.L, dtype=jnp.int32), stored.get("codebook"))
+        states = jnp.arange(2**self.L, dtype=jnp.int32)
+        return values(self.code, self.trellis, states, stored.get("codebook"))
 
     # -- codes --------------------------------------------------------------------------------------------------------
 
@@ -148,7 +154,7 @@ class TrellisFormat(Format):
         return states_of(self.trellis, rearrange(codes_RN, "r (c n) -> (r c) n", n=T // self.V)[:, ::-1])
 
     def _levels(self, codes_RN: Int[Array, "R N"], stored: Params) -> Float[Array, "O I"]:
-        x_VZN = values(self.code, self.states(codes_RN), stored.get("codebook"))
+        x_VZN = values(self.code, self.trellis, self.states(codes_RN), stored.get("codebook"))
         return self.weights(jnp.moveaxis(x_VZN, 0, -1), codes_RN.shape[0])
 
     def paths(self, w_OI: Float[Array, "O I"]) -> Float[Array, "Z N V"]:
@@ -171,7 +177,7 @@ class TrellisFormat(Format):
     def unpack(self, arrays: Mapping[str, Array], shape: tuple[int, int]) -> tuple[Int[Array, "R N"], Params]:
         """Raises `FormatError` for arrays of other shapes than `pack` gives for a weight of this one."""
         widths, n = self.trellis.widths[::-1], shape[1] // SIDE * (T // self.V)
-        book = codebook_of(self.code, self.L, self.V)
+        book = self.codebook
         want = {"codes": (shape[0] // SIDE, packed_size(n, widths)), "scale": (1, 1)}
         want |= {} if book is None else {"codebook": book.shape}
         for k, size in want.items():
@@ -192,12 +198,9 @@ class TrellisFormat(Format):
         each = g_OI * (level - jnp.where(jnp.abs(ratio) <= top, ratio, 0.0))
         grads = {"scale": jnp.sum(each)[None, None]}
         if "codebook" in params:
-            states, g_ZNV = self.states(codes_RN), self.paths(g_OI * stored["scale"])
-            rows = states
-            if self.code == "hyb":
-                rows, sign = hyb_row(states)
-                g_ZNV = g_ZNV * jnp.stack([sign, jnp.ones_like(sign)], axis=-1)
-            grads["codebook"] = jnp.zeros_like(params["codebook"]).at[rows].add(g_ZNV)
+            rows_ZN, factor_ZNV = rows_of(self.code, self.trellis, self.states(codes_RN))
+            g_ZNV = self.paths(g_OI * stored["scale"]) * factor_ZNV
+            grads["codebook"] = jnp.zeros_like(params["codebook"]).at[rows_ZN].add(g_ZNV)
         return g_OI, grads
 
 
@@ -237,13 +240,13 @@ def _parser(K: float):
 
 
 def _check(family: str, K: float, code: str, V: int, L: int = 16, order: str = "exl3") -> None:
-    allowed = [1] if code in COMPUTED else [2] if code == "hyb" else [1, 2, 4]
+    allowed = [1] if code in (*COMPUTED, "latin") else [2] if code == "hyb" else [1, 2, 4]
     if V not in allowed:
         raise FormatError(f"{family}: v{V} of code {code!r} (allowed: {', '.join(f'v{v}' for v in allowed)})")
     most = int(-(-K * V // 1))
     if most > 8:
         raise FormatError(f"{family}: steps of {V} values and {most} bits (allowed: up to 8 bits)")
-    least = max(4, most)
+    least = max(4, 2 * most if code == "latin" else most)
     if not least <= L <= 20:
         raise FormatError(f"{family}: l{L} (allowed: l{least} to l20)")
 
@@ -253,7 +256,7 @@ _EXAMPLES = {
     2: ["trellis2:mcg", "trellis2:mcg:l10", "trellis2:1mad:l12", "trellis2:hyb:l10", "trellis2:lut:l8:v2"],
     2.5: ["trellis2.5:mul1:l10"],
     3: ["trellis3:hyb:qtip"],
-    4: ["trellis4:mul1:l10:qtip"],
+    4: ["trellis4:mul1:l10:qtip", "trellis4:latin:l12"],
 }
 for _K in RATES:
     register(f"trellis{_K:g}", _parser(_K), _EXAMPLES.get(_K, []))

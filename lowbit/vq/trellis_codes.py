@@ -1,4 +1,4 @@
-"""What the states of a trellis stand for: codes of QTIP (arXiv 2406.11235, section 3.2, its authors' constants) and EXL3.
+"""What the states of a trellis stand for: codes of QTIP (arXiv 2406.11235, section 3.2, its code) and EXL3.
 
 A computed code turns a state into a value by a few integer operations on it, and needs no table; `hyb` looks up pairs
 of values in a small one; `lut` has a value (or V) for each state. With x the state as uint32, all modulo 2^32:
@@ -11,6 +11,13 @@ of values in a small one; `lut` has a value (or V) for each state. With x the st
 | `mul1` | 1 | the bytes of `0x83DCD12D x` summed, times 0.00677 less 10.39, in fp16 with one rounding (EXL3) |
 | `hyb` | 2 | with `h = x (x + 1)`: row `h >> (15 - Q)` modulo 2^Q, Q = 9, of a table; bit 15 of h flips the first |
 | `lut` | any | the state's row of a table |
+| `latin` | 1 | a level of a table of 2^10 normal quantiles, chosen as below (ours) |
+
+`latin` keeps the branches of a path apart. With k the bits of a step, the first k bits of a level's index are the
+state's newest k bits, XOR its oldest k, XOR k bits of a hash of those between; the other bits are a hash of the state.
+So the 2^k branches that leave a state lie in different 2^k-quantiles of the normal distribution, and so do the 2^k that
+meet in one: what Ungerboeck's set partitioning (IEEE Trans. Inf. Theory 28, 1982) asks of a trellis code, where the
+codes above are random. Its error is lower at every rate (docs/vq_trellis.md).
 
 Values are exact in float32 with at most 11 significant bits, in eager and in jitted programs and whatever a compiler
 contracts: fp16 sums are made in float32, where they are exact, and rounded by integer arithmetic. `1mad`'s divisor is
@@ -18,6 +25,7 @@ left to the scale, which is why its values are whole numbers here (`UNITS`).
 """
 
 import functools
+from statistics import NormalDist
 
 import jax
 import jax.numpy as jnp
@@ -25,19 +33,21 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from lowbit.formats.base import FormatError
-from lowbit.vq.viterbi import short
+from lowbit.vq.viterbi import Trellis, short
 
-CODES = ("1mad", "3inst", "mcg", "mul1", "hyb", "lut")
+CODES = ("1mad", "3inst", "mcg", "mul1", "hyb", "lut", "latin")
 COMPUTED = ("1mad", "3inst", "mcg", "mul1")
 UNITS = {"1mad": 147.800537109375}  # published value = ours / unit
-HYB_BITS = 9
+HYB_BITS, LATIN_BITS = 9, 10  # of an index into their tables
 HYB_STD = 0.9682458365518543  # sqrt(1 - 2^-4), as QTIP scales its table
 # fp16 numbers of EXL3's mul1, and the 1024 that it adds to the sum of bytes by writing the sum into a mantissa.
 MUL1_STEP, MUL1_START = (float(np.uint16(u).view(np.float16)) for u in (0x1EEE, 0xC931))
 
 
-def values(code: str, states: Int[Array, "*s"], codebook: Float[Array, "R V"] | None = None) -> Float[Array, "V *s"]:
-    """What the states give, float32; the published values times `UNITS`. `codebook` is the table of `hyb` and `lut`."""
+def values(
+    code: str, trellis: Trellis, states: Int[Array, "*s"], codebook: Float[Array, "R V"] | None = None
+) -> Float[Array, "V *s"]:
+    """What the states give, float32; the published values times `UNITS`. `codebook` is the table where there is one."""
     x = states.astype(jnp.uint32)
     match code:
         case "1mad":
@@ -56,6 +66,8 @@ def values(code: str, states: Int[Array, "*s"], codebook: Float[Array, "R V"] | 
             return jnp.stack([pair[..., 0] * sign, pair[..., 1]])
         case "lut":
             return jnp.moveaxis(jnp.take(codebook, states, axis=0, mode="clip"), -1, 0)
+        case "latin":
+            return jnp.take(codebook[:, 0], latin_row(trellis, x), axis=0, mode="clip")[None]
     raise FormatError(f"trellis code {code!r} (allowed: {', '.join(CODES)})")
 
 
@@ -64,6 +76,31 @@ def hyb_row(x: Array) -> tuple[Int[Array, "*s"], Float[Array, "*s"]]:
     h = x.astype(jnp.uint32) * (x.astype(jnp.uint32) + 1)
     row = (h >> (15 - HYB_BITS)) & np.uint32(2**HYB_BITS - 1)
     return row.astype(jnp.int32), jnp.where((h >> 15) & 1 == 1, -1.0, 1.0)
+
+
+def latin_row(trellis: Trellis, x: Array) -> Int[Array, "*s"]:
+    """Which level a state of `latin` has; see the module."""
+    x, k, L = x.astype(jnp.uint32), max(trellis.widths), trellis.L
+    between = (x >> k) & np.uint32(2 ** (L - 2 * k) - 1)
+    first = (x ^ (x >> (L - k)) ^ (_hash(between) >> 20)) & np.uint32(2**k - 1)
+    rest = LATIN_BITS - k
+    return ((first << rest) | (_hash(x ^ np.uint32(0x5BD1)) >> (32 - rest))).astype(jnp.int32)
+
+
+def _hash(x: Array) -> Array:
+    """Multiplications and shifts (the constants of xxHash32), uint32."""
+    x = x * np.uint32(0x9E3779B1) + np.uint32(0x7F4A7C15)
+    x = (x ^ (x >> 15)) * np.uint32(0x85EBCA77)
+    return x ^ (x >> 13)
+
+
+def rows_of(code: str, trellis: Trellis, states: Int[Array, "*s"]) -> tuple[Int[Array, "*s"], Float[Array, "*s V"]]:
+    """`(row of the codebook, its factor)` of each state's values, for codes that have one."""
+    ones = jnp.ones((*states.shape, trellis.V), jnp.float32)
+    if code == "hyb":
+        row, sign = hyb_row(states)
+        return row, ones.at[..., 0].multiply(sign)
+    return (states if code == "lut" else latin_row(trellis, states)), ones
 
 
 def _bytes(y: Array) -> Int[Array, "*s"]:
@@ -90,9 +127,14 @@ def _halves(y: Array) -> Float[Array, "*s"]:
 def codebook_of(code: str, L: int, V: int) -> Float[np.ndarray, "R V"] | None:
     """The table that a format starts with, float32 values exact in fp16; None for computed codes.
 
-    `hyb`: centres of a k-means of 2^16 normal pairs, scaled as QTIP does; `lut`: normal values. Both are seeded."""
+    `hyb`: centres of a k-means of 2^16 normal pairs, scaled as QTIP does; `lut`: normal values (both are seeded);
+    `latin`: normal quantiles."""
     if code == "lut":
         return np.random.default_rng(0).standard_normal((2**L, V)).astype(np.float16).astype(np.float32)
+    if code == "latin":
+        n = 2**LATIN_BITS
+        quantiles = [NormalDist().inv_cdf((i + 0.5) / n) for i in range(n)]
+        return np.array(quantiles)[:, None].astype(np.float16).astype(np.float32)
     if code == "hyb":
         rows = _normal_pairs(2**HYB_BITS)
         return (rows * (HYB_STD / rows.std())).astype(np.float16).astype(np.float32)
@@ -112,14 +154,15 @@ def _normal_pairs(n: int, samples: int = 2**16, rounds: int = 12) -> Float[np.nd
 
 
 @functools.cache
-def rms_of(code: str, L: int, V: int) -> float:
+def rms_of(code: str, trellis: Trellis) -> float:
     """Root mean square of what the 2^L states give."""
     with jax.ensure_compile_time_eval():
-        table = _table(code, L, V)
+        table = table_of(code, trellis)
     return float(np.sqrt(np.mean(np.asarray(table, np.float64) ** 2)))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _table(code: str, L: int, V: int) -> Float[Array, "V S"]:
-    book = codebook_of(code, L, V)
-    return values(code, jnp.arange(2**L, dtype=jnp.int32), None if book is None else jnp.asarray(book))
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def table_of(code: str, trellis: Trellis) -> Float[Array, "V S"]:
+    """What the 2^L states give, with the table that a format starts with."""
+    book = codebook_of(code, trellis.L, trellis.V)
+    return values(code, trellis, jnp.arange(2**trellis.L, dtype=jnp.int32), None if book is None else jnp.asarray(book))

@@ -9,8 +9,8 @@ from lowbit.formats import base
 from lowbit.formats.base import FormatError
 from lowbit.vq import trellis_pack
 from lowbit.vq.trellis import ORDERS, TrellisFormat
-from lowbit.vq.trellis_codes import UNITS, _table, rms_of
-from lowbit.vq.viterbi import states_at
+from lowbit.vq.trellis_codes import UNITS, latin_row, rms_of, table_of
+from lowbit.vq.viterbi import Trellis, states_at
 
 STATES = np.arange(2**16, dtype=np.uint64)
 
@@ -47,11 +47,11 @@ def reference(code: str) -> np.ndarray:
     ],
 )
 def test_computed_codes(code: str, first: list[float], rms: float, unique: int):
-    got = np.asarray(_table(code, 16, 1))[0]
+    got = np.asarray(table_of(code, Trellis(16, (2,))))[0]
     published = (got / np.float32(UNITS.get(code, 1))).astype(np.float32)
     np.testing.assert_array_equal(published, reference(code).astype(np.float32))
     np.testing.assert_allclose(published[:4], first, rtol=1e-7)
-    assert len(np.unique(got)) == unique and abs(rms_of(code, 16, 1) / UNITS.get(code, 1) - rms) < 1e-6
+    assert len(np.unique(got)) == unique and abs(rms_of(code, Trellis(16, (2,))) / UNITS.get(code, 1) - rms) < 1e-6
     assert ((got.view(np.uint32) & 0x1FFF) == 0).all()  # 11 significant bits
 
 
@@ -69,6 +69,15 @@ def test_hyb_looks_up_pairs_and_flips_the_first():
     assert np.asarray(stored["codebook"]).std() == pytest.approx(np.sqrt(1 - 2**-4), rel=1e-3)
 
 
+@pytest.mark.parametrize("widths, L", [((2,), 12), ((3,), 12), ((1, 2), 10)])
+def test_branches_of_latin_lie_in_different_quantiles(widths: tuple[int, ...], L: int):
+    """Those that leave a state, and those that meet in one."""
+    k = max(widths)
+    first = np.asarray(latin_row(Trellis(L, widths), jnp.arange(2**L))) >> (10 - k)
+    for branches in (first.reshape(-1, 2**k), first.reshape(2**k, -1).T):
+        np.testing.assert_array_equal(np.sort(branches, axis=1), np.broadcast_to(np.arange(2**k), branches.shape))
+
+
 # Published: L = 12, V = 1, random code, tail-biting (QTIP, table 2), and our own measurements of other codes.
 @pytest.mark.parametrize(
     "name, error, tolerance",
@@ -76,6 +85,8 @@ def test_hyb_looks_up_pairs_and_flips_the_first():
         ("trellis2:lut:l12", 0.0733, 0.0015),
         ("trellis2:mcg:l12", 0.0738, 0.0015),
         ("trellis4:lut:l12", 0.0053, 0.0003),
+        ("trellis2:latin:l12", 0.0703, 0.0014),
+        pytest.param("trellis2:latin", 0.0673, 0.001, marks=pytest.mark.slow),
         pytest.param("trellis1:lut:l12", 0.2750, 0.005, marks=pytest.mark.slow),
         pytest.param("trellis3:lut:l12", 0.0196, 0.0005, marks=pytest.mark.slow),
         pytest.param("trellis2:mcg", 0.0685, 0.0012, marks=pytest.mark.slow),
