@@ -10,8 +10,9 @@ own scales and decoded from the packed bytes. Rows:
     python benchmarks/distortion.py [--seed 0] [--quick] [--plot distortion.png] [--json]
 
 `--json` prints one object last, `{"bound": {"1": ...}, "lloyd_max": {...}, "e8p": {"2": ..., "3": ..., "4": ...},
-"trellis": {"1": ...}, "hyb": {...}}`, under `codes` all trellis codes, and under `speed` seconds per million weights. `--peer-path DIR`, a checkout of QuIP# (Cornell-RelaxML/quip-sharp, GPL,
-never vendored; needs torch and CUDA-less import, see `peer`), measures its own nearest point on the same input.
+"trellis": {"1": ...}, "hyb": {...}}`, under `codes` all trellis codes, and under `speed` seconds per million weights.
+`--peer-path DIR`, a checkout of QuIP# (Cornell-RelaxML/quip-sharp, GPL, never vendored; needs torch and CUDA-less
+import, see `peer`), measures its own nearest point on the same input.
 """
 
 import argparse

@@ -32,8 +32,8 @@ def trellis_error(name: str, ratio: float, x_ZT: np.ndarray) -> float:
 
 
 def trellis_rows(args: argparse.Namespace) -> dict[str, Any]:
-    """`{"trellis": {rate: error}, "hyb": {rate: error}, "codes": {name: {...}}}`: the least error of all codes but `hyb`
-    and `lut`, that of QTIP's code for pairs, and all of them with their best ratio of RMS, standard error and CPU
+    """`{"trellis": {rate: error}, "hyb": {rate: error}, "codes": {name: {...}}}`: the least error of all codes but
+    `hyb` and `lut`, that of QTIP's code for pairs, and all of them with their best ratio of RMS, standard error and CPU
     seconds."""
     tiles, seeds = (64, 1) if args.quick else (TILES, SEEDS)
     codes: dict[str, Any] = {}
