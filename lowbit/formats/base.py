@@ -225,8 +225,7 @@ class Coded:
         """Raises `FormatError` when what was trained cannot be stored."""
         real = {k: a for k, a in self.params.items() if k != SHIFT}
         _, params = _unpack(self.format, self.shape, {**self.arrays, **real})
-        finite = jnp.concatenate([a.reshape(1, -1) for a in real.values()], axis=1)
-        self.format.check_values(finite, params)
+        self.format.check_values(self.value(), params)
 
 
 def blend(x: Float[Array, "*s"], q: Float[Array, "*s"], mix: Float[Array, ""]) -> Float[Array, "*s"]:
