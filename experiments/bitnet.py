@@ -7,7 +7,7 @@ Paper: BitNet b1.58 (arXiv 2402.17764): trained from scratch on the same tokens,
 Command: lowbit run experiments/bitnet.py
 Device: 2 CPU cores; tokenizer, model and TinyStories lie in the folder that LOWBIT_SHARED names (default ../shared)
 Expected time: 20 minutes on 2 CPU cores
-Expected numbers: docs/qat.md
+Expected numbers: gap of b1.58 0.77 nats per token at width 64, 0.23 at 256
 """
 
 import dataclasses
