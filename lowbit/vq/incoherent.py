@@ -191,7 +191,8 @@ class Incoherent(Format):
             top = float(jnp.max(jnp.abs(params[k])))
             if not top <= LARGEST["fp16"]:
                 raise FormatError(f"{self.name}: {k} of magnitude {top:g} (largest in fp16: {LARGEST['fp16']:g})")
-        self.inner.check_values(self.enter(w_OI, self.stored_signs(params)), _inner(params))
+        whole = w_OI.shape == (params["sv"].shape[0], params["su"].shape[1])  # a `Coded` has no weight to show
+        self.inner.check_values(self.enter(w_OI, self.stored_signs(params)) if whole else w_OI, _inner(params))
 
 
 def _inner(params: Params) -> Params:

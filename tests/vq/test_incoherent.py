@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from lowbit.formats import base
-from lowbit.formats.base import FormatError, Latent
+from lowbit.formats.base import Coded, FormatError, Latent
 from lowbit.vq.incoherent import Incoherent
 from tests.conformance.battery import same_bits, same_tree
 
@@ -118,13 +118,13 @@ def test_gradients_of_sign_vectors():
     value, inside, gw, gp = run(w, params)
     np.testing.assert_array_equal(gw, g.astype(np.float32))
     rows, columns = (t.dense() for t in (fmt.space(shape).rows, fmt.space(shape).columns))
-    constant = rows @ (np.asarray(value, np.float64) / stored["sv"] / stored["su"]) @ columns.T - np.asarray(inside)
+    own = {k: np.asarray(stored[k], np.float64) for k in ("su", "sv")}
+    constant = rows @ (np.asarray(value, np.float64) / own["sv"] / own["su"]) @ columns.T - np.asarray(inside)
 
     def surrogate(su, sv):
         moved = rows @ (np.asarray(w, np.float64) / sv / su) @ columns.T + constant
         return np.sum(g * sv * (rows.T @ moved @ columns) * su)
 
-    own = {k: np.asarray(stored[k], np.float64) for k in ("su", "sv")}
     for k in own:
         for i in range(own[k].size):
             step = np.zeros(own[k].size)
@@ -161,6 +161,10 @@ def test_values_that_cannot_be_stored():
     w = jnp.asarray(RNG.standard_normal((8, 64)), jnp.float32)
     fmt = base.get("rht:f16:int2")
     params = fmt.fitted(w)
+    q = fmt.encode(w)
+    coded = Coded.of(q)  # frozen codes whose inner scale is trained
+    coded.check_values()
+    assert same_tree(coded.encode().arrays, q.arrays) and same_bits(coded.value(), q.decode())
     with pytest.raises(FormatError, match="su of magnitude 1e"):
         fmt.encode(w, {**params, "su": params["su"] * 1e6})
     with pytest.raises(FormatError, match="int2:channel: scale of magnitude"):
