@@ -11,13 +11,19 @@ own scales and decoded from the packed bytes. Rows:
 
 `--json` prints one object last, `{"bound": {"1": ...}, "lloyd_max": {...}, "e8p": {"2": ..., "3": ..., "4": ...},
 "trellis": {"1": ...}, "hyb": {...}}`, under `codes` all trellis codes, and under `speed` seconds per million weights.
-`--peer-path DIR`, a checkout of QuIP# (Cornell-RelaxML/quip-sharp, GPL, never vendored; needs torch and CUDA-less
-import, see `peer`), measures its own nearest point on the same input.
+QuIP#'s own nearest point (torch, CPU), on a quarter of the same rows:
+
+    python benchmarks/distortion.py --peer-path quip-sharp --peer-python PYTHON_WITH_TORCH [--require-peer]
+
+Without `--peer-path` its row is null.
 """
 
 import argparse
 import json
 import os
+import subprocess
+import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -30,6 +36,7 @@ import numpy as np
 from trellis_rows import trellis_rows
 
 from lowbit.formats import base as formats
+from lowbit.vq import lattice
 from lowbit.vq.lloyd_max import lloyd_max
 
 RATES = (1, 2, 3, 4)
@@ -77,57 +84,54 @@ def e8p_speed(args: argparse.Namespace) -> dict[str, Any]:
         x = jnp.asarray(w)
         params = fmt.fitted(x)
         run = jax.jit(lambda x, p, f=fmt: f.encode(x, p).arrays["codes"]).lower(x, params).compile()
-        out[f"e8p{r}"] = least(lambda run=run, x=x, p=params: run(x, p).block_until_ready()) / w.size * 1e6
+        wall, cpu = least(lambda run=run, x=x, p=params: run(x, p).block_until_ready())
+        out |= {f"e8p{r}": wall / w.size * 1e6, f"e8p{r}_cpu": cpu / w.size * 1e6}
         out[f"e8p{r}_temp_bytes_per_weight"] = run.memory_analysis().temp_size_in_bytes / w.size
-    out["peer"] = None if args.peer_path is None else peer(args.peer_path, w[: max(1, rows // 16)], out)
+    out["peer"] = None if args.peer_path is None else peer(args, w[: max(1, rows // 4)], out)
     return out
 
 
-def least(run: Any, times: int = 5) -> float:
-    best = float("inf")
+def least(run: Any, times: int = 5) -> tuple[float, float]:
+    """Wall and CPU seconds; the latter, of all threads, hardly depend on what else the machine does."""
+    wall, cpu = [], []
     for _ in range(times):
-        start = time.perf_counter()
+        start = time.perf_counter(), time.process_time()
         run()
-        best = min(best, time.perf_counter() - start)
-    return best
+        wall.append(time.perf_counter() - start[0])
+        cpu.append(time.process_time() - start[1])
+    return min(wall), min(cpu)
 
 
-def peer(folder: Path, w: np.ndarray, ours: dict[str, Any]) -> dict[str, Any]:
-    """QuIP#'s `E8P12_codebook.quantize` in torch on the CPU, and the share of vectors on which ours is as near.
-
-    Its module imports CUDA kernels that its quantizer does not use; they are replaced by empty modules here.
-    """
-    import subprocess
-    import sys
-    import types
-
-    import torch
-
-    for name in ("quiptools_cuda", "fast_hadamard_transform"):
-        sys.modules.setdefault(name, types.ModuleType(name))
-    had = types.ModuleType("lib.utils.matmul_had")
-    had.matmul_hadU_cuda = had.matmul_hadUt_cuda = None
-    utils, lib, codebook = (types.ModuleType(n) for n in ("lib.utils", "lib", "lib.codebook"))
-    lib.__path__, utils.__path__, codebook.__path__ = [], [], [str(folder / "lib/codebook")]
-    sys.modules |= {"lib": lib, "lib.utils": utils, "lib.codebook": codebook, "lib.utils.matmul_had": had}
-    from lib.codebook.latticee8_padded12 import E8P12_codebook
-
-    torch.set_num_threads(os.cpu_count() or 1)
-    book = E8P12_codebook(build_truncated=True)
-    x = torch.from_numpy(w.reshape(-1, 8) * np.float32(1.03 / np.sqrt(np.mean(w.astype(np.float64) ** 2))))
-    with torch.no_grad():
-        seconds = least(lambda: book.quantize(x, True), 3) / w.size * 1e6
-        theirs = book.quantize(x, False).numpy().astype(np.float64)
-    error = float(np.mean((theirs - x.numpy()) ** 2) / np.mean(x.numpy() ** 2))
-    commit = subprocess.run(["git", "-C", str(folder), "rev-parse", "HEAD"], capture_output=True, text=True)
-    return {
-        "commit": commit.stdout.strip() or None,
-        "weights": w.size,
-        "e8p2": seconds,
-        "e8p2_time_ratio": seconds / ours["e8p2"],
-        "error": error,
-        "our_error": measured("e8p2", w),
-    }
+def peer(args: argparse.Namespace, w: np.ndarray, ours: dict[str, Any]) -> dict[str, Any]:
+    """QuIP#'s nearest point on the same vectors: `benchmarks/e8p_peer.py` in the peer's environment."""
+    points, rows = lattice.points(), lattice.rows()
+    odd = np.bitwise_count(np.arange(1 << 16) & 0xFF) % 2 == 1
+    part = points[odd] + np.float32(0.25)
+    part = part[((part[:, :7] < 0).sum(1) <= 1) & (part[:, :7].min(1) >= -0.5)]
+    index = {tuple(row): i for i, row in enumerate(rows.tolist())}
+    x = (w * np.float32(1.03 / np.sqrt(np.mean(w.astype(np.float64) ** 2)))).reshape(-1, 8)
+    with tempfile.TemporaryDirectory() as folder:
+        np.savez(
+            f"{folder}/input.npz",
+            x=x,
+            codes=np.asarray(lattice.nearest(jnp.asarray(x))),
+            threads=os.cpu_count() or 1,
+            grid_part=part,
+            grid_part_norm=np.sum(part**2, axis=1),
+            part_abs_map=np.array([index[tuple(np.abs(v))] for v in part.tolist()]),
+            grid_abs_odd=rows.sum(1) % 2 == 1,
+            bit_map=2 ** np.arange(8),
+        )
+        program = Path(__file__).with_name("e8p_peer.py")
+        argv = [args.peer_python, str(program), str(args.peer_path), f"{folder}/input.npz"]
+        done = subprocess.run(argv, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"the peer failed:\n{done.stderr}")
+    found = json.loads(done.stdout.splitlines()[-1])
+    for key, name in (("seconds", "e8p2"), ("cpu_seconds", "e8p2_cpu")):
+        found[name] = found.pop(key) / w.size * 1e6
+    ratios = {"time_ratio": found["e8p2"] / ours["e8p2"], "cpu_ratio": found["e8p2_cpu"] / ours["e8p2_cpu"]}
+    return found | {"weights": w.size} | ratios
 
 
 # -- output -----------------------------------------------------------------------------------------------------------
@@ -169,6 +173,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a sixteenth of the samples")
     parser.add_argument("--plot", type=Path, help="PNG to write")
     parser.add_argument("--peer-path", type=Path, help="a checkout of QuIP#")
+    parser.add_argument("--peer-python", default=sys.executable, help="a Python with torch")
     parser.add_argument("--require-peer", action="store_true", help="fail without --peer-path")
     parser.add_argument("--json", action="store_true", help="print one JSON object last")
     args = parser.parse_args()
@@ -180,6 +185,8 @@ def main() -> None:
     codes = rows.pop("codes")
     speed = e8p_speed(args)
     print(table(rows))
+    if speed["peer"]:
+        print("QuIP#:", ", ".join(f"{k} {v}" for k, v in speed["peer"].items()))
     print("seconds per million weights:", ", ".join(f"{k} {speed[k]:.4f}" for k in ("e8p2", "e8p3", "e8p4")))
     if args.plot is not None:
         plot(rows, args.plot)

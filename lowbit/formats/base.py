@@ -512,7 +512,6 @@ def spread_over(grid: Array, shape: tuple[int, ...]) -> Array:
 
 _FAMILIES: dict[str, Callable[[list[str]], Format]] = {}
 _EXAMPLES: dict[str, list[str]] = {}
-# Formats whose codes are vectors lie one floor above and use this one; they are loaded by name, and nothing of them is
 
 
 def register(family: str, parse: Callable[[list[str]], Format], examples: list[str]) -> None:
