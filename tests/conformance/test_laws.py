@@ -37,7 +37,7 @@ X = np.random.default_rng(1).standard_normal((3, SHAPE[1])).astype(np.float32)
 SPARE = """f32 int1:channel:paretoq ternary:channel:paretoq-compat
 int2:g64 int2:g64:mse int3:g64 ternary:channel ternary:g64:lsq ternary:tensor:f32 q4_0:mse:lsq
 q2_0:mse q5_0:mse:clip q2_k q2_k:absmax:lsq q3_k q4_k:lsq q5_k q5_k:absmax:rounded q6_k mxfp4:lsq nf2 nf4
-trellis2:mcg trellis2:1mad:l12 trellis3:hyb:qtip""".split()
+trellis2:mcg trellis2:1mad:l12 trellis4:latin:l12""".split()
 # The laws that compile large programs run over one format of each code path by default.
 MOST = """bf16 int1:g64 int2:g64:midrise:mse:paretoq ternary:channel:paretoq
 int2:tensor:asym:mse int3:g64:asym:rounded int4:g64 int4:g64:clip:bf16 ternary:tensor

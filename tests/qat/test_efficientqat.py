@@ -392,7 +392,7 @@ def test_refusals(model, whole, tmp_path):
 @pytest.mark.parametrize("name", [n for n in base.names() if n not in ("bf16", "fp16", "f32")])
 def test_every_format_with_scales_keeps_its_codes(name):
     fmt = base.get(name)
-    q = fmt.encode(jnp.asarray(np.random.default_rng(0).standard_normal((4, 256)), jnp.float32))
+    q = fmt.encode(jnp.asarray(np.random.default_rng(0).standard_normal((16, 256)), jnp.float32))
     if not jnp.issubdtype(getattr(q.arrays.get("scale"), "dtype", np.uint8), np.floating):  # k-quants, mxfp4, nf4:dq
         with pytest.raises(InputError, match=f"format '{name}' has no scales to train"):
             Coded.of(q)
