@@ -573,7 +573,7 @@ def test_mesh(names: list[str]):
         ("q4_1:absmax", r"unknown key of q4_1 'absmax'"),
         ("nf4:mse", r"unknown key of nf4 'mse' \(allowed: dq, g64\)"),
         ("nf4:g32:g64", r"nf4: key 'g64' gives a second block"),
-        ("trellis2", r"trellis2 without a code \(allowed: 1mad, 3inst, mcg, mul1, hyb, lut\)"),
+        ("trellis2", r"trellis2 without a code \(allowed: 1mad, 3inst, mcg, mul1, hyb, lut, latin\)"),
         ("trellis9:mcg", r"unknown format 'trellis9:mcg'; did you mean 'trellis\d"),
         ("trellis2:mgc", r"unknown key of trellis2 'mgc'; did you mean 'mcg'"),
         ("trellis2:mcg:v2", r"trellis2: v2 of code 'mcg' \(allowed: v1\)"),
