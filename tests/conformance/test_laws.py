@@ -37,7 +37,7 @@ SPARE = """f32 int1:channel:paretoq ternary:channel:paretoq-compat
 int2:g64 int2:g64:mse int3:g64 ternary:channel ternary:g64:lsq ternary:tensor:f32 q4_0:mse:lsq
 q2_0:mse q5_0:mse:clip q2_k q2_k:absmax:lsq q3_k q4_k:lsq q5_k q5_k:absmax:rounded q6_k mxfp4:lsq nf2 nf4
 aqlm:1x8:g8 aqlm:3x3:g4 vptq:v4:k16 vptq:v4:k16:r32 vptq:v4:k16:s gptvq:v1:k4:c64:n4 nuq1 nuq3 nuq4
-e8p3:rho0.98:r2.04 trellis2:mcg trellis2:1mad:l12 trellis3:hyb:qtip
+e8p3:rho0.98:r2.04 trellis2:mcg trellis2:1mad:l12 trellis4:latin:l12
 rht:ternary:channel rht128:blocks:int2:channel:midrise""".split()
 # The laws that compile large programs run over one format of each code path by default.
 MOST = """bf16 int1:g64 int2:g64:midrise:mse:paretoq ternary:channel:paretoq
@@ -596,7 +596,7 @@ def test_mesh(names: list[str]):
         ("e8p4:rho0", r"e8p4: rho 0 \(allowed: 0.1 to 10\)"),
         ("e8p4:r0.5", r"e8p4: residual 0.5 \(allowed: 1 to 16\)"),
         ("e8p5", r"unknown format 'e8p5'; did you mean 'e8p\d'"),
-        ("trellis2", r"trellis2 without a code \(allowed: 1mad, 3inst, mcg, mul1, hyb, lut\)"),
+        ("trellis2", r"trellis2 without a code \(allowed: 1mad, 3inst, mcg, mul1, hyb, lut, latin\)"),
         ("trellis9:mcg", r"unknown format 'trellis9:mcg'; did you mean 'trellis\d"),
         ("trellis2:mgc", r"unknown key of trellis2 'mgc'; did you mean 'mcg'"),
         ("trellis2:mcg:v2", r"trellis2: v2 of code 'mcg' \(allowed: v1\)"),

@@ -76,7 +76,7 @@ def solves(fmt, w, h, act_order=False):
 @pytest.mark.parametrize("name", list(every_format()))
 def test_every_format(name):
     """On correlated inputs; and where inputs are not, rounding to nearest is what GPTQ does, to the bit."""
-    fmt, w = formats.get(name), weight(8, 256)
+    fmt, w = formats.get(name), weight(16, 256)
     solves(fmt, w, correlated(256))
     r = gptq(w, np.eye(256, dtype=np.float32), fmt)
     for key, a in rtn.encode(fmt, w).arrays.items():
@@ -92,7 +92,7 @@ def test_formats_that_need_all_columns_are_refused(name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [n for n in formats.names() if formats.get(n).idempotent])
 def test_every_format_in_act_order(name):
-    solves(formats.get(name), weight(8, 256), correlated(256), act_order=True)
+    solves(formats.get(name), weight(16, 256), correlated(256), act_order=True)
 
 
 @pytest.mark.parametrize(
