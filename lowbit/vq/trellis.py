@@ -35,7 +35,8 @@ from lowbit.vq.viterbi import Trellis, inputs_of, short, states_of, tail_biting
 SIDE, T = 16, 256
 AROUND = 0  # steps of the first pass on either side of the ends; 0: all
 # RMS of the input over RMS of the code that gives the least error of normal weights, by bits (docs/vq_trellis.md).
-RATIOS = {1: 1.15, 1.5: 1.05, 2: 1.0, 2.5: 0.95, 3: 0.95, 3.5: 0.9, 4: 0.9, 5: 0.85, 6: 0.8, 8: 0.75}
+RATIOS = {1: 1.15, 1.5: 1.05, 2: 1.0, 2.5: 0.95, 3: 0.95, 3.5: 0.925, 4: 0.9, 5: 0.9, 6: 0.85, 8: 0.8}
+HYB_RATIOS = {1: 1.15, 2: 1.0, 3: 0.9, 4: 0.8}
 ORDERS = {
     "exl3": "(r h p) (c k m l) -> r (c p m h k l)",
     "qtip": "(r h p) (c k m l) -> r (c p m k h l)",
@@ -81,7 +82,8 @@ class TrellisFormat(Format):
     @property
     def ratio(self) -> float:
         """RMS of the weights, in units of the scale, over RMS of the code: `init`'s choice."""
-        return float(np.interp(self.K, list(RATIOS), list(RATIOS.values())))
+        ratios = HYB_RATIOS if self.code == "hyb" else RATIOS
+        return float(np.interp(self.K, list(ratios), list(ratios.values())))
 
     def check(self, shape: tuple[int, ...]) -> None:
         if len(shape) != 2 or min(shape) < 1 or shape[0] % SIDE or shape[1] % SIDE:

@@ -167,13 +167,14 @@ def tail_biting(
     """States of a closed path through each tile, int32, by QTIP's Algorithm 4: a path with free ends through the tile
     turned by half says what the ends have in common, and the second is the best one that has it.
 
-    The first needs only the steps next to the ends (`around` on either side; 0: all). `batch` tiles are held at once
-    (0: `batch_of`).
+    The first goes over `around` steps on either side of the ends; 0 is half of the tile on either, which is QTIP's
+    choice. Less costs quality, more (up to N) gains a little: docs/vq_trellis.md. `batch` tiles are held at once (0:
+    `batch_of`).
     """
     Z, N, V = x_ZNV.shape
     P, half = len(trellis.widths), N // 2
     half -= half % P
-    near = min(half, around - around % P) if around else half
+    near = min(N, around - around % P) if around else half
     batch = -(-Z // -(-Z // (batch or batch_of(trellis, N))))
     x_ZNV = jnp.pad(x_ZNV, ((0, -Z % batch), (0, 0), (0, 0)))
 
