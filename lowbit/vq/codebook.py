@@ -144,6 +144,10 @@ class Codebooks(Format):
         w_OI = self.join(total, parts, self.shape_of(codes_PQ))
         return w_OI * stored["scale"] if "scale" in stored else w_OI
 
+    def params_at(self, stored: Params, column: Any, span: int) -> Params:
+        """Solver hook: an array's second axis has one entry for each of equal parts of the span's columns."""
+        return {k: jax.lax.dynamic_slice_in_dim(a, column * a.shape[1] // span, 1, axis=1) for k, a in stored.items()}
+
     def _flat(self, stored: Params) -> tuple[tuple[int, int], list[Array]]:
         books = self.books(stored)
         return books[0].shape[:2], [rearrange(b, "a p k d -> (a p) k d") for b in books]

@@ -1,0 +1,204 @@
+"""AQLM (arXiv 2401.06118): additive codebooks fitted to the inputs of each linear.
+
+Codes and codebooks take turns in making `tr((W - W_hat) H (W - W_hat)^T)` smaller, until one turn gains less than `tol`:
+
+It starts from the codes of GPTQ's pass over the columns, which the paper does not make. Then:
+
+- **codes** by a beam search over whole rows. Groups of columns come in random order, and the codebooks of a group one
+  after the other; with everything else fixed, changing a code of row o from b to c changes the row's error, in units of its squared
+  scale, by a quadratic in the code vector that needs one column block of `(W - W_hat) H` alone. The best `beam` of all
+  states times codes stay; a beam of 1 is iterated conditional modes. Rows are independent.
+- **codebooks** by conjugate gradients (`lowbit.ptq.refit`) and scales in closed form, where the paper takes 100 steps of Adam.
+
+The error never rises: the current code is among those compared, and a refit that gains nothing is dropped.
+What the paper does besides, fine-tuning each block, is training (`docs/vq_codebooks.md`).
+"""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange
+from jaxtyping import Array, Float, Int
+
+from lowbit.errors import InputError
+from lowbit.formats.base import Format, Params
+from lowbit.ptq import layerwise
+from lowbit.ptq.base import register
+from lowbit.ptq.layerwise import Solved
+from lowbit.ptq.options import AqlmOptions
+from lowbit.ptq.refit import HIGHEST, STEPS, error_of, refit
+from lowbit.ptq.weighing import feedback, finished, weighed
+from lowbit.vq import kmeans
+from lowbit.vq.additive import Additive
+
+BLOCK = 128  # columns between updates of the rest
+
+
+class Beam(NamedTuple):
+    """S states of each row, S first to last by error; what belongs to columns first."""
+
+    codes: Int[Array, "G M S O"]
+    pull: Float[Array, "I S O"]  # H (x - y): x the weights and y the code vectors' sums in units of the row's scale
+    error: Float[Array, "S O"]  # (x - y)^T H (x - y)
+
+
+def aqlm(
+    w_OI: Float[Array | np.ndarray, "O I"],
+    H_II: Float[Array | np.ndarray, "_ _"],  # [I, I]
+    fmt: Format,
+    *,
+    beam: int = 1,
+    turns: int = 8,
+    tol: float = 0.01,
+    damping: float = 0.01,
+    seed: int = 0,
+    name: str = "weight",
+    history: list[tuple[str, float]] | None = None,
+) -> Solved:
+    """`w` as additive codes for the least error in the norm of H. `history`, if given, gets `("init" | "codes" |
+    "books", error)` of each turn, the error with damping. Raises `InputError` for other formats and as `weighed` does."""
+    check_format(fmt, "aqlm")
+    own = weighed(w_OI, H_II, fmt, damping, name)
+    history = [] if history is None else history
+    codes, stored, error = feedback(fmt, own, True, name)
+    history.append(("init", float(error)))
+    rng = np.random.default_rng(seed)
+    for _ in range(turns):
+        before = history[-1][1]
+        stored, error = refit(fmt, STEPS, own.w_OI, own.H_II, codes, stored, error)
+        history.append(("books", float(error)))
+        codes, error = sweep(fmt, beam, own.w_OI, own.H_II, codes, stored, order_of(fmt, codes.shape[1], rng))
+        history.append(("codes", float(error)))
+        if history[-1][1] > (1 - tol) * before:
+            break
+    stored, error = refit(fmt, STEPS, own.w_OI, own.H_II, codes, stored, error)
+    history.append(("books", float(error)))
+    return finished(fmt, own, codes, stored)
+
+
+def order_of(fmt: Additive, width: int, rng: np.random.Generator) -> Int[np.ndarray, "B n"]:
+    """Random order of the groups: blocks of about `BLOCK` neighbouring columns, and the groups inside of each."""
+    G = width // fmt.number
+    n = max(d for d in range(1, min(G, max(1, BLOCK // fmt.size)) + 1) if G % d == 0)
+    blocks = rng.permutation(G // n)
+    return np.stack([b * n + rng.permutation(n) for b in blocks]).astype(np.int32)
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def sweep(
+    fmt: Additive,
+    beam: int,
+    w_OI: Float[Array, "O I"],
+    H_II: Float[Array, "I I"],
+    codes_OQ: Int[Array, "O Q"],
+    stored: Params,
+    order_Bn: Int[Array | np.ndarray, "B n"],
+) -> tuple[Int[Array, "O Q"], Float[Array, ""]]:
+    """`(codes, error)` after one search over all groups in this order."""
+    state = start_of(fmt, beam, w_OI, H_II, codes_OQ, stored)
+    books = stored["codebook"][:, 0]
+
+    def block(state: Beam, groups_n: Array) -> tuple[Beam, None]:
+        return search_block(state, books, H_II, groups_n), None
+
+    state, _ = jax.lax.scan(block, state, jnp.asarray(order_Bn, jnp.int32))
+    best = jnp.argmin(state.error, axis=0)
+    codes = jnp.take_along_axis(state.codes, best[None, None, None], axis=2)[:, :, 0]
+    codes = rearrange(codes, "j m o -> o (j m)")
+    return codes, error_of(w_OI, fmt.dequantize(codes, stored), H_II)
+
+
+def start_of(fmt: Additive, beam: int, w_OI: Array, H_II: Array, codes_OQ: Array, stored: Params) -> Beam:
+    """The codes as the first of `beam` states; the others wait with an infinite error."""
+    x_OI = w_OI / stored["scale"]
+    y_OI = fmt.dequantize(codes_OQ, {**stored, "scale": jnp.ones_like(stored["scale"])})
+    pull_OI = jnp.matmul(x_OI - y_OI, H_II, precision=HIGHEST)
+    error_SO = jnp.full((beam, w_OI.shape[0]), jnp.inf).at[0].set(jnp.sum(pull_OI * (x_OI - y_OI), axis=1))
+    codes_GMO = rearrange(codes_OQ, "o (j m) -> j m o", m=fmt.number)
+    wide = [jnp.repeat(a[..., None, :], beam, axis=-2) for a in (codes_GMO, pull_OI.T)]
+    return Beam(*wide, error_SO)
+
+
+def search_block(
+    state: Beam, books_MKd: Float[Array, "M K d"], H_II: Float[Array, "I I"], groups_n: Int[Array, " n"]
+) -> Beam:
+    """The states after searching these groups, in this order, which are all the groups of a block of columns."""
+    M, K, d = books_MKd.shape
+    S, O = state.error.shape
+    n = groups_n.shape[0]
+    first = jnp.min(groups_n)
+    H_WI = jax.lax.dynamic_slice_in_dim(H_II, first * d, n * d)
+    H_WW = jax.lax.dynamic_slice_in_dim(H_WI, first * d, n * d, axis=1)
+    codes = jax.lax.dynamic_slice_in_dim(state.codes, first, n)  # [n, M, S, O]
+    near = jax.lax.dynamic_slice_in_dim(state.pull, first * d, n * d)  # of the block's columns [W, S, O]
+    moved = jnp.zeros_like(near)  # y - y at the block's start
+    origin = jnp.broadcast_to(jnp.arange(S, dtype=jnp.int32)[:, None], (S, O))  # the state at the block's start
+
+    def group(i: Array, carry: tuple[Array, ...]) -> tuple[Array, ...]:
+        codes, near, moved, error, origin = carry
+        j = groups_n[i] - first
+        H_dW = jax.lax.dynamic_slice_in_dim(H_WW, j * d, d)
+        H_dd = jax.lax.dynamic_slice_in_dim(H_dW, j * d, d, axis=1)
+        q_MK = jnp.einsum("mkv,vu,mku->mk", books_MKd, H_dd, books_MKd, precision=HIGHEST)
+        mine = jax.lax.dynamic_index_in_dim(codes, j, keepdims=False)  # [M, S, O]
+        pull = jax.lax.dynamic_slice_in_dim(near, j * d, d)  # [d, S, O], of the group, up to date
+        went = jnp.zeros_like(pull)  # y of the group minus y before
+        parents = jnp.broadcast_to(jnp.arange(S, dtype=jnp.int32)[:, None], (S, O))
+        for m in range(M):
+            old = jnp.take(books_MKd[m].T, mine[m], axis=1)  # [d, S, O]
+            pull = pull + jnp.einsum("vu,uso->vso", H_dd, old, precision=HIGHEST)
+            without = error - (jnp.take(q_MK[m], mine[m]) - 2 * jnp.sum(old * pull, axis=0))
+            found = kmeans.nearest(pull.reshape(d, 1, S * O), books_MKd[m][None], min(S, K), q_MK[m][None])
+            score = jnp.stack([f[0].reshape(S, O) for f in found]) + without  # [keep, S, O]
+            code = jnp.stack([f[1].reshape(S, O) for f in found])
+            if S == 1:
+                error, chosen, parent = score[0], code[0], None
+            else:
+                least, at = jax.lax.top_k(rearrange(-score, "k s o -> o (k s)"), S)
+                error, at = -least.T, at.T
+                chosen = jnp.take_along_axis(rearrange(code, "k s o -> (k s) o"), at, axis=0)
+                parent = at % S
+                mine, pull, went, parents = (_reorder(a, parent) for a in (mine, pull, went, parents))
+                old = _reorder(old, parent)
+            new = jnp.take(books_MKd[m].T, chosen, axis=1)
+            pull = pull - jnp.einsum("vu,uso->vso", H_dd, new, precision=HIGHEST)
+            went = went + new - old
+            mine = mine.at[m].set(chosen)
+        if S > 1:
+            codes, near, moved, origin = (_reorder(a, parents) for a in (codes, near, moved, origin))
+        near = near - jnp.einsum("vw,vso->wso", H_dW, went, precision=HIGHEST)
+        codes = jax.lax.dynamic_update_index_in_dim(codes, mine, j, 0)
+        moved = jax.lax.dynamic_update_slice_in_dim(moved, went, j * d, axis=0)
+        return codes, near, moved, error, origin
+
+    codes, _, moved, error, origin = jax.lax.fori_loop(0, n, group, (codes, near, moved, state.error, origin))
+    far, every = state.pull, state.codes
+    if S > 1:
+        far, every = _reorder(far, origin), _reorder(every, origin)
+    far = far - jnp.einsum("wi,wso->iso", H_WI, moved, precision=HIGHEST)
+    return Beam(jax.lax.dynamic_update_slice_in_dim(every, codes, first, axis=0), far, error)
+
+
+def _reorder(a: Array, which_SO: Int[Array, "S O"]) -> Array:
+    """States `[..., S, O]` by the index of the state that each comes from."""
+    return jnp.take_along_axis(a, which_SO.reshape((1,) * (a.ndim - 2) + which_SO.shape), axis=-2)
+
+
+# -- the solver -------------------------------------------------------------------------------------------------------
+
+
+def check_format(fmt: Format, solver: str) -> None:
+    """Raises `InputError` for formats without additive codebooks."""
+    if not isinstance(fmt, Additive):
+        raise InputError(f"format {fmt.name!r} with solver {solver} (allowed: aqlm:MxB:gG)")
+
+
+def _solve_weight(w_OI: Any, H_II: Any, fmt: Format, options: Any, name: str) -> Solved:
+    o = options
+    return aqlm(w_OI, H_II, fmt, beam=o.beam, turns=o.turns, tol=o.tol, damping=o.damping, seed=o.seed, name=name)
+
+
+register(layerwise.solver(layerwise.Method("aqlm", AqlmOptions, _solve_weight, check_format)))
