@@ -13,7 +13,7 @@ from lowbit.commands.common import Flag, Model, Result, Word, WordPath, check_ou
 from lowbit.commands.inspect import make_plan
 from lowbit.commands.transform import fitted
 from lowbit.errors import InputError, unknown
-from lowbit.ptq.options import GptqOptions
+from lowbit.ptq.options import AqlmOptions, GptqOptions, LdlqOptions, LnqOptions, VptqOptions, YaqaOptions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,13 +29,18 @@ class Quantize:
     rules: WordPath = None
     """TOML file of [[rule]] match, format; the first match wins."""
     solver: str = "rtn"
-    """rtn: round to nearest; gptq: with error feedback, calibrated on --calib."""
+    """rtn: round to nearest; gptq, ldlq: with error feedback, yaqa: on both sides; these are calibrated on --calib."""
     transform: str = "none"
     """none: the network as it is; quarot, spinquant, smoothquant, flatquant or a saved one (see lowbit transform): the
     model is held in memory then, in float32."""
     calib: WordPath = None
-    """Calibration text: UTF-8, .jsonl, or a folder of them, for gptq, transforms and static activation formats."""
+    """Calibration text: UTF-8, .jsonl, or a folder of them, for solvers, transforms and static activation formats."""
     gptq: GptqOptions = GptqOptions()
+    ldlq: LdlqOptions = LdlqOptions()
+    yaqa: YaqaOptions = YaqaOptions()
+    aqlm: AqlmOptions = AqlmOptions()
+    vptq: VptqOptions = VptqOptions()
+    lnq: LnqOptions = LnqOptions()
     force: Flag = False
     """Replace what is in --out."""
     json: Flag = False
@@ -58,9 +63,11 @@ class Quantize:
         documents = [text] if isinstance(text, str) else text
         if solver.calibrates and documents is None:
             raise InputError(f"solver {self.solver} without --calib (allowed: a calibration text)")
-        if self.solver != "gptq" and self.gptq != GptqOptions():
-            raise InputError(f"--gptq options with solver {self.solver} (allowed: with --solver gptq)")
-        options = dataclasses.asdict(self.gptq) if self.solver == "gptq" else {}
+        given = {o.solver: o for o in (self.gptq, self.ldlq, self.yaqa, self.aqlm, self.vptq, self.lnq)}
+        for name, own in given.items():
+            if self.solver != name and own != type(own)():
+                raise InputError(f"--{name} options with solver {self.solver} (allowed: with --solver {name})")
+        options = dataclasses.asdict(given[self.solver]) if self.solver in given else {}
         if transform is not None and transform.calibrates and documents is None:
             raise InputError(f"transform {self.transform} without --calib (allowed: a calibration text)")
         uses = solver.calibrates or (transform is not None and transform.calibrates) or has_static(plan)

@@ -6,7 +6,9 @@ along the input axis). Its numeric core is two functions that are inverse views 
     quantize(w, stored) -> codes          int32 [O, I]
     dequantize(codes, stored) -> w_hat    float32 [O, I]
 
-where `stored` are the parameters exactly as they are kept on disk (fp16 scales, say). Everything else follows:
+where `stored` are the parameters exactly as they are kept on disk (fp16 scales, say). Codes of vectors have another
+shape, `[Oc, Ic]`, whose last axis runs along the input axis: the codes of neighbouring columns, concatenated on it, are
+the codes of both. Everything else follows:
 
     encode     = pack . quantize . stored
     decode     = dequantize . unpack
@@ -59,7 +61,7 @@ class QTensor:
         """The weights, computed in float32 and cast to `dtype`."""
         return self.format.decode(self)
 
-    def codes(self) -> tuple[Int[Array, "O I"], Params]:
+    def codes(self) -> tuple[Int[Array, "Oc Ic"], Params]:
         """The unpacked codes and the stored parameters."""
         return unpacked(self)
 
@@ -141,7 +143,7 @@ class Latent:
         q = self.format.fake_quant(self.w, self.params or self.dynamic_params())
         return q if self.mix is None else blend(self.w, q, self.mix)
 
-    def codes(self) -> tuple[Int[Array, "O I"], Params]:
+    def codes(self) -> tuple[Int[Array, "Oc Ic"], Params]:
         """The codes of the quantized weight and the parameters as stored; no gradient."""
         w, params = jax.lax.stop_gradient((self.w, self.params))
         stored = self.format.stored(params or self.dynamic_params())
@@ -187,7 +189,7 @@ class Coded:
         """The weight that the forward pass sees: what `encode` gives, decoded."""
         return _coded_value(self.format, self.shape, self.dtype, self.arrays, self.params)
 
-    def codes(self) -> tuple[Int[Array, "O I"], Params]:
+    def codes(self) -> tuple[Int[Array, "Oc Ic"], Params]:
         """The codes and the parameters as stored; no gradient."""
         return _coded(self.format, self.shape, *jax.lax.stop_gradient((self.arrays, self.params)))
 
@@ -247,19 +249,19 @@ class Format:
         """Parameters rounded to what is stored, still float32; stored ones stay as they are."""
         raise TypeError(f"{self.name} has no stored")
 
-    def quantize(self, w_OI: Float[Array, "O I"], stored: Params) -> Int[Array, "O I"]:
+    def quantize(self, w_OI: Float[Array, "O I"], stored: Params) -> Int[Array, "Oc Ic"]:
         """Nearest codes."""
         raise TypeError(f"{self.name} has no quantize")
 
-    def dequantize(self, codes_OI: Int[Array, "O I"], stored: Params) -> Float[Array, "O I"]:
+    def dequantize(self, codes: Int[Array, "Oc Ic"], stored: Params) -> Float[Array, "O I"]:
         """Weights of codes, float32."""
         raise TypeError(f"{self.name} has no dequantize")
 
-    def pack(self, codes_OI: Int[Array, "O I"], stored: Params) -> dict[str, Array]:
+    def pack(self, codes: Int[Array, "Oc Ic"], stored: Params) -> dict[str, Array]:
         """Arrays as stored."""
         raise TypeError(f"{self.name} has no pack")
 
-    def unpack(self, arrays: Mapping[str, Array], shape: tuple[int, int]) -> tuple[Int[Array, "O I"], Params]:
+    def unpack(self, arrays: Mapping[str, Array], shape: tuple[int, int]) -> tuple[Int[Array, "Oc Ic"], Params]:
         """Inverse of `pack`."""
         raise TypeError(f"{self.name} has no unpack")
 
@@ -345,6 +347,17 @@ class Format:
         codes = self.quantize(w_OI, stored)
         return codes, self.dequantize(codes, stored)
 
+    def params_at(self, stored: Params, column: Any, span: int) -> Params:
+        """Solver hook: the part of the stored parameters of `span` columns that the tile at `column` needs.
+
+        An array `[R, P]` holds P of them for equal parts of the span. Formats that round more than one weight at once
+        have parameters for all of the matrix (a scale, codebooks), which every tile needs as they are; a format for
+        which this is not so says it here.
+        """
+        if self.tile != (1, 1):
+            return stored
+        return {k: jax.lax.dynamic_slice_in_dim(a, column * a.shape[1] // span, 1, axis=1) for k, a in stored.items()}
+
 
 # Jitted, so that a call outside of jit compiles one program for a shape and not one for every operation, and holds no
 # unpacked intermediates.
@@ -360,7 +373,7 @@ def _fraction(fmt: Format, w: Array, params: Params) -> Array:
     return jnp.mean(fmt.passes(w, fmt.stored(params)).astype(jnp.float32))
 
 
-def unpacked(q: QTensor) -> tuple[Int[Array, "O I"], Params]:
+def unpacked(q: QTensor) -> tuple[Int[Array, "Oc Ic"], Params]:
     """`q.format.unpack` of its arrays in one compiled program for a format and a shape."""
     return _unpack(q.format, q.shape, q.arrays)
 

@@ -135,7 +135,7 @@ class Transform:
         dtype = jnp.promote_types(x.dtype, jnp.float32)
         mats = [_factor(f) for f in self.factors]
         sizes = [m.shape[0] for m in mats]
-        scale = math.sqrt(math.prod(round(float(m[0] @ m[0])) for m in mats))
+        scale = math.sqrt(self.norm)
         y = x.astype(dtype).reshape(*x.shape[:-1], self.blocks, *sizes)
         if isinstance(x, np.ndarray) and dtype == np.float64:
             for i, m in enumerate(mats, y.ndim - len(mats)):
@@ -148,6 +148,29 @@ class Transform:
             y = jnp.einsum(spec, y, jnp.asarray(m, dtype), precision=jax.lax.Precision.HIGHEST)
         return (y.reshape(x.shape) * np.asarray(1 / scale, dtype)).astype(x.dtype)
 
+    @property
+    def norm(self) -> int:
+        """Squared length of a row of the matrix before it is made orthonormal."""
+        return math.prod(round(float(m[0] @ m[0])) for m in map(_factor, self.factors))
+
+    def sums(self, x: Float[Array, "n *rest"], inverse: bool = False) -> Float[Array, "n *rest"]:
+        """`sqrt(norm)` times the transform (or its inverse) along the *first* axis, in float32.
+
+        Matrix products may add in another order in another program; here every addition is spelled out (butterflies,
+        and for other cores one input after the other), so eager, jitted and sharded programs give the same bits. What
+        goes in must not be an unrounded product (see `pinned`).
+        """
+        y = x.astype(jnp.float32)
+        large = [f for f in self.factors if not f.startswith("sylvester")]
+        sizes = [_factor(f).shape[0] for f in large]
+        power = self.n // (self.blocks * math.prod(sizes))
+        y = y.reshape(self.blocks, *sizes, power, *x.shape[1:])
+        for axis, f in enumerate(large, 1):
+            m = _factor(f).T if inverse else _factor(f)
+            y = jnp.moveaxis(_rows(m, jnp.moveaxis(y, axis, 0)), 0, axis)
+        axis = 1 + len(large)
+        return jnp.moveaxis(_butterflies(jnp.moveaxis(y, axis, 0)), 0, axis).reshape(x.shape)
+
     def dense(self) -> Float[np.ndarray, "n n"]:
         """The matrix T in float64: the transform of x is `x @ T.T`."""
         out = np.ones((1, 1))
@@ -155,6 +178,36 @@ class Transform:
             m = _factor(f)
             out = np.kron(out, m / math.sqrt(float(m[0] @ m[0])))
         return np.kron(np.eye(self.blocks), out)
+
+
+def pinned(x: Float[Array, "*s"]) -> Float[Array, "*s"]:
+    """The same (finite) numbers, out of the reach of a compiler that would merge the multiplication that made them with
+    what follows: an addition into one operation of one rounding, or a constant factor into the next one."""
+    return jnp.maximum(x, np.float32(np.finfo(np.float32).min))
+
+
+def _butterflies(x: Float[Array, "n *rest"]) -> Float[Array, "n *rest"]:
+    """The Sylvester transform along the first axis: each pass takes sums and differences of the two halves and shuffles
+    them, so that all passes are one loop body (unrolled, a compiler fuses them and computes everything many times)."""
+    half = x.shape[0] // 2
+
+    def step(_: Any, y: Array) -> Array:
+        a, b = y[:half], y[half:]
+        return jnp.stack([a + b, a - b], axis=1).reshape(y.shape)
+
+    return jax.lax.fori_loop(0, half.bit_length(), step, x) if half else x
+
+
+def _rows(m: np.ndarray, x: Float[Array, "k *rest"]) -> Float[Array, "k *rest"]:
+    """`m @ x` over the first axis, one input after the other. Products with +1 and -1 are exact; others are pinned."""
+    wide = (-1,) + (1,) * (x.ndim - 1)
+    exact, columns = bool((np.abs(m) == 1).all()), jnp.asarray(m.T, jnp.float32)
+
+    def step(j: Array, y: Array) -> Array:
+        product = columns[j].reshape(wide) * x[j]
+        return y + (product if exact else pinned(product))
+
+    return jax.lax.fori_loop(0, len(m), step, jnp.zeros_like(x))
 
 
 @cache

@@ -10,16 +10,12 @@ allows. That is LDLQ (QuIP, arXiv 2307.13304), which equals GPTQ: the inverse's 
 computes, is `U = R^-1`. It is never formed here, only its diagonal blocks, and so a third of the arithmetic and no
 inverse of an ill-conditioned matrix remain. Inside of a block of columns the update is the paper's,
 `W_rest -= (W_k - W_hat_k) U_kk^-1 U_k,rest`; with tiles of several columns this is LDLQ with block feedback.
+
+A format behind random rotations (`lowbit.vq.incoherent`) is solved in its rotated space, where it rounds columns apart.
 """
 
-import dataclasses
-import hashlib
-import re
-import sys
-from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,35 +23,16 @@ import numpy as np
 from einops import rearrange
 from jaxtyping import Array, Float, Int
 
-from lowbit import tree as trees
 from lowbit.errors import InputError
 from lowbit.formats.base import Format, Params, QTensor
-from lowbit.formats.fake_quant import PreparedInput
-from lowbit.linalg.online import describe
-from lowbit.models import hf
-from lowbit.models.cache import attach
-from lowbit.models.config import ModelConfig
-from lowbit.models.model import Model
-from lowbit.plan import INPUT, Plan
-from lowbit.ptq import rtn
-from lowbit.ptq.base import Solver, register
-from lowbit.ptq.calibrate import STAGES, Stream, length_of, linears, readers_of, tokenize, working
-from lowbit.ptq.folder import Block, blocks_of, quantize_folder
-from lowbit.ptq.options import GptqOptions
-from lowbit.tree import Tree
+from lowbit.ptq import layerwise
+from lowbit.ptq.base import register
+from lowbit.ptq.layerwise import Solved
+from lowbit.ptq.options import GptqOptions, LdlqOptions
+from lowbit.vq.incoherent import Incoherent
 
 HIGHEST = jax.lax.Precision.HIGHEST
 MOST_DAMPING = 1.0
-
-
-class Solved(NamedTuple):
-    """A weight that GPTQ rounded."""
-
-    q: QTensor
-    w_hat_OI: Float[Array, "O I"]  # what `q` decodes to
-    error: float  # tr((W - W_hat) H (W - W_hat)^T)
-    damping: float  # share of the mean diagonal that was added to H: more than asked for where H needed it
-    dead: int  # input channels that calibration never excites; their weights are rounded from 0
 
 
 def gptq(
@@ -66,6 +43,7 @@ def gptq(
     block: int = 128,
     damping: float = 0.01,
     act_order: bool = False,
+    sweeps: int = 0,
     name: str = "weight",
 ) -> Solved:
     """Rounds `w` to `fmt` for the least error in the norm of `H`; codes and parameters are packed as they were chosen.
@@ -75,11 +53,14 @@ def gptq(
     those of neighbouring columns and are fitted beforehand, so the layout is the ordinary one. `diag(H)` is the
     importance that searched fits get.
 
+    After that, `sweeps` times over the columns, each tile is rounded again for the least error that the others leave
+    (QuIP#'s coordinate descent, arXiv 2402.04396), and kept as it was in rows where that is no better.
+
     `damping` times the mean of `diag(H)` is added to the diagonal; where `H` is not positive definite still, ten times
     as much, up to 1.0. Raises `InputError` (with `name`) on values that are not finite, on an `H` of another shape or
     one that even then has no factor, and as the format's `check` and `check_values` do.
     """
-    check_format(fmt)
+    check_format(fmt, "gptq")
     fmt.check(w_OI.shape)
     O, I = w_OI.shape
     if tuple(H_II.shape) != (I, I):
@@ -90,6 +71,11 @@ def gptq(
     w = jnp.asarray(w_OI, jnp.float32)
     if not bool(jnp.isfinite(w).all()):
         raise InputError(f"{name} holds NaN or infinite values (allowed: finite weights)")
+    dead = diagonal == 0
+    w = jnp.where(jnp.asarray(dead), 0.0, w)
+    if isinstance(fmt, Incoherent):
+        more = {"block": block, "damping": damping, "act_order": act_order, "sweeps": sweeps, "name": name}
+        return _rotated(fmt, w, H_II, int(dead.sum()), more)
     tile = fmt.tile[1]
     order = np.arange(I)
     if act_order:
@@ -99,12 +85,36 @@ def gptq(
     span = fmt.params_span((O, I))
     refit = span < I and not act_order
     width = span if refit else tile * _divisor(I // tile, max(1, block // tile))
-    dead = diagonal == 0
-    w = jnp.where(jnp.asarray(dead), 0.0, w)
     importance = jnp.asarray(diagonal, jnp.float32)
-    arrays, params, w_hat, error = _solve(fmt, width, refit, w, R, jnp.asarray(order), importance, added)
+    codes, params, w_hat, error = _solve(fmt, width, refit, w, R, jnp.asarray(order), importance, added)
     fmt.check_values(w, params)
+    if sweeps:
+        codes, w_hat, error = _sweep(fmt, sweeps, w, jnp.asarray(H_II, jnp.float32), added, params, codes, w_hat)
+    arrays = _pack(fmt, codes, params)
     return Solved(QTensor(arrays, fmt, (O, I), "float32"), w_hat, float(error), damping, int(dead.sum()))
+
+
+def _rotated(fmt: Incoherent, w_OI: Array, H_II: Any, dead: int, options: dict[str, Any]) -> Solved:
+    """The weight solved by the inner format behind its rotations."""
+    own = fmt.signs(w_OI.shape)
+    r = gptq(_enter(fmt, w_OI, own), fmt.hessian(H_II, own), fmt.inner, **options)
+    q = QTensor(_wrap(fmt, r.q.arrays, own), fmt, r.q.shape, "float32")
+    return r._replace(q=q, w_hat_OI=q.decode(), dead=dead)
+
+
+@partial(jax.jit, static_argnums=0)
+def _enter(fmt: Incoherent, w_OI: Array, own: Params) -> Array:
+    return fmt.enter(w_OI, own)
+
+
+@partial(jax.jit, static_argnums=0)
+def _wrap(fmt: Incoherent, arrays: dict[str, Array], own: Params) -> dict[str, Array]:
+    return fmt.wrap(arrays, own)
+
+
+@partial(jax.jit, static_argnums=0)
+def _pack(fmt: Format, codes: Int[Array, "Oc Ic"], params: Params) -> dict[str, Array]:
+    return fmt.pack(codes, fmt.stored(params))
 
 
 def quadratic_error(w_OI: Any, w_hat_OI: Any, H_II: Any) -> float:
@@ -151,8 +161,8 @@ def _solve(
     order_I: Int[Array, " I"],
     importance_I: Float[Array, " I"],
     added_I: Float[Array, " I"],
-) -> tuple[dict[str, Array], Params, Float[Array, "O I"], Float[Array, ""]]:
-    """`(packed arrays, params, w_hat, quadratic error)`, blocks of `width` columns; `refit`: each with its own params.
+) -> tuple[Int[Array, "Oc Ic"], Params, Float[Array, "O I"], Float[Array, ""]]:
+    """`(codes, params, w_hat, quadratic error)`, blocks of `width` columns; `refit`: each with its own params.
 
     Works on transposed matrices, in which the columns of a tile are contiguous, and gathers what a tile needs (one
     product) instead of handing on what a tile leaves (a pass over the block): three times as fast on a CPU.
@@ -186,21 +196,26 @@ def _solve(
         own = fmt.fit_block(rearrange(now_WO, "w o -> o w"), weight_W) if refit else params
         stored = fmt.stored(own) if refit else kept  # a tile has less than what shares a parameter in k-quants
 
+        def params_of(column: Any) -> Params:
+            return fmt.params_at(stored, column, width if refit else I)
+
+        spec, _ = jax.eval_shape(fmt.round_block, jax.ShapeDtypeStruct((O, t), jnp.float32), params_of(0))
+        rows, per_tile = spec.shape  # of the codes of a tile
+
         def one_tile(k: Array, state: tuple[Array, Array, Array, Array]) -> tuple[Array, Array, Array, Array]:
             e_WO, codes_WO, hats_WO, loss_O = state
             F_Wt = jax.lax.dynamic_slice_in_dim(F_WW, k * t, t, axis=1)
             near_tO = jnp.einsum("wt,wo->to", F_Wt, e_WO, precision=HIGHEST)
             w_tO = jax.lax.dynamic_slice_in_dim(now_WO, k * t, t) - near_tO
-            column = k * t if refit else columns_W[k * t]
-            at = _params_at(stored, column, width if refit else I)
+            at = params_of(k * t if refit else columns_W[k * t])
             code_tO, hat_tO = (rearrange(a, "o t -> t o") for a in fmt.round_block(rearrange(w_tO, "t o -> o t"), at))
             e_tO = w_tO - hat_tO
             loss_O += jnp.sum(jnp.square(jnp.einsum("to,ts->so", e_tO, R_ktt[k], precision=HIGHEST)), axis=0)
             new = ((e_WO, e_tO), (codes_WO, code_tO), (hats_WO, hat_tO))
-            return *(jax.lax.dynamic_update_slice_in_dim(a, b, k * t, axis=0) for a, b in new), loss_O
+            return *(jax.lax.dynamic_update_slice_in_dim(a, b, k * len(b), axis=0) for a, b in new), loss_O
 
         zeros = jnp.zeros((width, O), jnp.float32)
-        state = (zeros, zeros.astype(jnp.int32), zeros, loss_O)
+        state = (zeros, jnp.zeros((width // t * per_tile, rows), jnp.int32), zeros, loss_O)
         _, codes_WO, hats_WO, loss_O = jax.lax.fori_loop(0, width // t, one_tile, state)
         d_IO = jax.lax.dynamic_update_slice_in_dim(d_IO, w_WO - hats_WO, start, axis=0)
         return (d_IO, loss_O), (codes_WO, hats_WO, own if refit else {})
@@ -208,182 +223,85 @@ def _solve(
     xs = (jnp.arange(0, I, width), order_I.reshape(-1, width), importance_I.reshape(-1, width))
     carry = (jnp.zeros((I, O), jnp.float32), jnp.zeros(O, jnp.float32))
     (d_IO, loss_O), (codes, hats, fitted) = jax.lax.scan(one_block, carry, xs)
-    back_I = jnp.zeros(I, order_I.dtype).at[order_I].set(jnp.arange(I))
-    codes_OI, w_hat_OI = (rearrange(rearrange(a, "n w o -> (n w) o")[back_I], "i o -> o i") for a in (codes, hats))
+    order_K = order_I[::t] // t  # of the tiles
+    back_K = jnp.zeros(I // t, order_I.dtype).at[order_K].set(jnp.arange(I // t))
+    codes, w_hat_OI = (rearrange(a.reshape(I // t, -1, a.shape[-1])[back_K], "k c o -> o (k c)") for a in (codes, hats))
     if refit:
-        params = {k: rearrange(a, "n r p -> r (n p)") for k, a in fitted.items()}
+        params = {k: rearrange(a, "n r p ... -> r (n p) ...") for k, a in fitted.items()}
     error = jnp.sum(loss_O) - jnp.sum(jnp.square(d_IO) * added_I[order_I][:, None])
-    return fmt.pack(codes_OI, fmt.stored(params)), params, w_hat_OI, error
+    return codes, params, w_hat_OI, error
 
 
-def _params_at(params: Params, column: Any, span: int) -> Params:
-    """Those (stored) of the tile at `column` of a span: an array `[R, P]` holds P of them for equal parts of it."""
-    return {k: jax.lax.dynamic_slice_in_dim(a, column * a.shape[1] // span, 1, axis=1) for k, a in params.items()}
+@partial(jax.jit, static_argnums=(0, 1))
+def _sweep(
+    fmt: Format,
+    sweeps: int,
+    w_OI: Float[Array, "O I"],
+    H_II: Float[Array, "I I"],
+    added_I: Float[Array, " I"],
+    params: Params,
+    codes: Int[Array, "Oc Ic"],
+    w_hat_OI: Float[Array, "O I"],
+) -> tuple[Int[Array, "Oc Ic"], Float[Array, "O I"], Float[Array, ""]]:
+    """`(codes, w_hat, quadratic error)` after going over the tiles of columns `sweeps` times: tile k becomes
+    `Q(W_k + sum_{j != k} (W_j - W_hat_j) H_jk H_kk^-1)`, whose rounding error, in the norm of H_kk, is all of the error
+    that it can change; so rows (or rows of tiles) where that does not fall stay. H is the damped one throughout."""
+    O, I = w_OI.shape
+    t, tall = fmt.tile[1], fmt.tile[0]
+    stored = fmt.stored(params)
+    H = H_II + jnp.diag(added_I)
+    K = I // t
+    c = codes.shape[1] // K
+    H_Ktt = rearrange(H, "(k t) (j s) -> k j t s", t=t, s=t)[jnp.arange(K), jnp.arange(K)]
+    inverse_Ktt = jnp.linalg.inv(H_Ktt)
+
+    def one_tile(n: Array, state: tuple[Array, Array]) -> tuple[Array, Array]:
+        codes_CR, d_IO = state  # codes and W - W_hat, both with what belongs to a tile of columns together
+        k = n % K
+        H_It = jax.lax.dynamic_slice_in_dim(H, k * t, t, axis=1)
+        w_tO = jax.lax.dynamic_slice_in_dim(w_OI, k * t, t, axis=1).T
+        d_tO = jax.lax.dynamic_slice_in_dim(d_IO, k * t, t)
+        pull_tO = jnp.einsum("it,io->to", H_It, d_IO, precision=HIGHEST)
+        off_tO = jnp.einsum("ts,to->so", inverse_Ktt[k], pull_tO, precision=HIGHEST) - d_tO
+        goal_tO = w_tO + off_tO
+        code_oc, hat_ot = fmt.round_block(goal_tO.T, fmt.params_at(stored, k * t, I))
+
+        def cost(hat_tO: Array) -> Array:  # of each row of tiles
+            e = goal_tO - hat_tO
+            each_O = jnp.sum(e * jnp.einsum("ts,so->to", H_Ktt[k], e, precision=HIGHEST), axis=0)
+            return jnp.sum(each_O.reshape(-1, tall), axis=1)
+
+        better = cost(hat_ot.T) < cost(w_tO - d_tO)
+        d_tO = jnp.where(jnp.repeat(better, tall), w_tO - hat_ot.T, d_tO)
+        was = jax.lax.dynamic_slice_in_dim(codes_CR, k * c, c)
+        code_cR = jnp.where(jnp.repeat(better, code_oc.shape[0] // better.size), code_oc.T, was)
+        return (
+            jax.lax.dynamic_update_slice_in_dim(codes_CR, code_cR, k * c, axis=0),
+            jax.lax.dynamic_update_slice_in_dim(d_IO, d_tO, k * t, axis=0),
+        )
+
+    codes_CR, d_IO = jax.lax.fori_loop(0, sweeps * K, one_tile, (codes.T, (w_OI - w_hat_OI).T))
+    error = jnp.sum(jnp.einsum("io,ij->jo", d_IO, H_II, precision=HIGHEST) * d_IO)
+    return codes_CR.T, fmt.dequantize(codes_CR.T, stored), error
 
 
-# -- the solver -------------------------------------------------------------------------------------------------------
+# -- the solvers ------------------------------------------------------------------------------------------------------
 
 
-def quantize(
-    model: Model,
-    assignment: Mapping[str, Any],
-    documents: list[str] | None = None,
-    progress: Callable[[int, int], None] | None = None,
-    **options: Any,
-) -> Tree:
-    """The model's parameters with the sites of `assignment` packed, calibrated on `documents`.
-
-    Of each layer first q, k and v, then o, then gate and up, then down: every Hessian is that of inputs which come
-    through what is quantized already. Weights outside of the layers are rounded to nearest. Static activation formats
-    get their range from the same text. Options are those of `GptqOptions`. Raises `InputError`.
-    """
-    params, assignment = attach(model.params, assignment)
-    rtn.check_paths(params, assignment)
-    solver = _blocks(model.config, assignment, documents, model.tokenizer, GptqOptions(**options))
-    readers = readers_of(params)
-    known = model.config.shapes()
-    blocks = blocks_of({path: readers[path] for path in (*known, *(p for p in readers if p not in known))})
-    flat: dict[str, Any] = {}
-    for n, block in enumerate(blocks, 1):
-        flat |= solver.solve(block)
-        if progress is not None:
-            progress(n, len(blocks))
-    return trees.build(flat)
+def check_format(fmt: Format, solver: str) -> None:
+    """Raises `InputError` for formats whose codes depend on other columns: columns are rounded one after the other."""
+    inner = fmt.inner if isinstance(fmt, Incoherent) else fmt
+    if not inner.idempotent:
+        raise InputError(f"format {fmt.name!r} with solver {solver} (allowed: those whose columns are rounded apart)")
 
 
-def quantize_dir(
-    src: str | Path,
-    plan: Plan | Mapping[str, Any],
-    out: str | Path,
-    progress: Callable[[int, int], None] | None = None,
-    documents: list[str] | None = None,
-    **options: Any,
-) -> None:
-    """`quantize` from a folder into a packed folder with one layer in memory (see `lowbit.ptq.folder`).
-
-    After an interruption the text goes once more through the layers that are done, and the result has the same bits.
-    """
-    src, opts = Path(src), GptqOptions(**options)
-    config = hf.load_config(src)
-    assignment = plan.resolve(config.shapes()) if isinstance(plan, Plan) else dict(plan)
-    solver = _blocks(config, assignment, documents, hf.load_tokenizer(src), opts)
-    text = hashlib.sha256(solver.tokens_BT.tobytes()).hexdigest()
-    key = {"solver": "gptq", "options": dataclasses.asdict(opts), "tokens": text}
-    quantize_folder(src, Path(out), solver, assignment, key, progress)
+def _solve_weight(w_OI: Any, H_II: Any, fmt: Format, options: Any, name: str) -> Solved:
+    o, act = options, options.order == "act"
+    return gptq(w_OI, H_II, fmt, block=o.block, damping=o.damping, act_order=act, sweeps=o.sweeps, name=name)
 
 
-def check_format(fmt: Format) -> None:
-    """Raises `InputError` for formats whose codes depend on other columns: GPTQ rounds one after the other."""
-    if not fmt.idempotent:
-        raise InputError(f"format {fmt.name!r} with solver gptq (allowed: those whose columns are rounded apart)")
-
-
-def _blocks(
-    config: ModelConfig, assignment: Mapping[str, Any], documents: Any, tokenizer: Any, options: GptqOptions
-) -> "_Blocks":
-    if documents is None:
-        raise InputError("solver gptq without calibration text (allowed: documents)")
-    for fmt in {f for f in assignment.values() if isinstance(f, Format)}:
-        check_format(fmt)
-    tokens = tokenize(documents, tokenizer, options.rows, length_of(config, options.length), options.seed)
-    return _Blocks(config, assignment, tokens, options)
-
-
-class _Blocks:
-    """GPTQ at work on a model, block after block (see `lowbit.ptq.folder.SolveBlock`)."""
-
-    def __init__(self, config: ModelConfig, assignment: Mapping[str, Any], tokens_BT: Any, options: GptqOptions):
-        self.config, self.assignment, self.tokens_BT, self.options = config, assignment, tokens_BT, options
-        self.stream = Stream(config, tokens_BT, options.batch)
-        self.acts = options.inputs == "quantized"
-
-    def solve(self, block: Block) -> Iterator[tuple[str, Any]]:
-        if (index := _layer_of(block)) is not None:
-            yield from self._layer(index, {path: read() for path, read in block.items()}).items()
-            return
-        for path, read in block.items():
-            leaf = rtn.quantize_leaf(path, read(), self.assignment)
-            if path in self.assignment:
-                _note(f"{path} is outside of the layers: rounded to nearest")
-            if path == "model.embed_tokens":
-                self.stream.start(leaf)
-            yield path, leaf
-
-    def passed(self, block: Block) -> None:
-        if (index := _layer_of(block)) is not None:
-            leaves = {path: read() for path, read in block.items()}
-            self.stream.advance(working(_relative(index, leaves), self.acts), index)
-        elif "model.embed_tokens" in block:
-            self.stream.start(block["model.embed_tokens"]())
-
-    def _layer(self, index: int, leaves: dict[str, Any]) -> dict[str, Any]:
-        layer = working(_relative(index, leaves), self.acts)
-        for stage in STAGES:
-            self._stage(index, stage, leaves, layer)
-        if index + 1 < self.config.num_layers:
-            self.stream.advance(layer, index)
-        return leaves
-
-    def _stage(self, index: int, stage: tuple[str, ...], leaves: dict[str, Any], layer: Tree) -> None:
-        """Quantizes linears whose inputs do not depend on one another, in `leaves` and in the stream's `layer`."""
-        paths = {n: f"model.layers.{index}.{linears(self.config)[n]}" for n in stage}
-        wanted = {n: (self.assignment.get(p), self.assignment.get(p + INPUT)) for n, p in paths.items()}
-        for n, path in paths.items():
-            rtn.check_leaf(path, leaves[path], *wanted[n])
-        static = [n for n, (_, act) in wanted.items() if act is not None and act.static]
-        stats = self.stream.stats(layer, index, static) if static else {}
-        for n, (_, act) in wanted.items():
-            if act is not None:
-                params = act.fit(stats[n].high_I, stats[n].low_I, stats[n].absmean_I) if n in stats else {}
-                leaves[paths[n]] = rtn.with_act(leaves[paths[n]], act, params)
-                if self.acts:
-                    self._put(layer, n, rtn.with_act(self._at(layer, n), act, params))
-        first: dict[Any, str] = {}  # linears whose inputs are prepared alike share a Hessian
-        shared = {n: first.setdefault(_preparation(self._at(layer, n)), n) for n, (fmt, _) in wanted.items() if fmt}
-        dtype = np.dtype(self.options.hessian)
-        hessians = self.stream.hessians(layer, index, tuple(first.values()), dtype) if first else {}
-        for n, owner in shared.items():
-            path, now = paths[n], self._at(layer, n)
-            w = now.w if isinstance(now, PreparedInput) else now
-            o = self.options
-            order = o.order == "act"
-            fmt = wanted[n][0]
-            r = gptq(w, hessians[owner], fmt, block=o.block, damping=o.damping, act_order=order, name=path)
-            leaves[path] = rtn.with_weight(leaves[path], r.q)
-            self._put(layer, n, rtn.with_weight(now, r.w_hat_OI))
-            if r.dead:
-                _note(f"{path}: {r.dead} of {w.shape[1]} input channels are 0 in all of the text; weights set to 0")
-            if r.damping != o.damping:
-                _note(f"{path}: its Hessian needed damping {r.damping:g} instead of {o.damping:g}")
-
-    def _at(self, layer: Tree, name: str) -> Any:
-        part, key = linears(self.config)[name].split(".")
-        return layer[part][key]
-
-    def _put(self, layer: Tree, name: str, leaf: Any) -> None:
-        part, key = linears(self.config)[name].split(".")
-        layer[part][key] = leaf
-
-
-def _layer_of(block: Block) -> int | None:
-    m = re.match(r"model\.layers\.(\d+)\.", next(iter(block)))
-    return None if m is None else int(m[1])
-
-
-def _relative(index: int, leaves: Mapping[str, Any]) -> Tree:
-    return trees.build({path.removeprefix(f"model.layers.{index}."): leaf for path, leaf in leaves.items()})
-
-
-def _preparation(leaf: Any) -> tuple[Any, ...]:
-    """What is done to a linear's input, as something to compare."""
-    if not isinstance(leaf, PreparedInput):
-        return ()
-    names, arrays = describe(leaf)
-    return (*sorted(names.items()), *((k, np.asarray(a).tobytes()) for k, a in sorted(arrays.items())))
-
-
-def _note(text: str) -> None:
-    print(f"lowbit: note: {text}", file=sys.stderr)
-
-
-register(Solver("gptq", quantize, quantize_dir, calibrates=True))
+# Of each layer first q, k and v, ...: see `lowbit.ptq.layerwise`. Options are those of `GptqOptions`.
+SOLVER = register(layerwise.solver(layerwise.Method("gptq", GptqOptions, _solve_weight, check_format)))
+quantize, quantize_dir = SOLVER.quantize, SOLVER.quantize_dir
+# The same with QuIP#'s defaults (see `LdlqOptions`).
+register(layerwise.solver(layerwise.Method("ldlq", LdlqOptions, _solve_weight, check_format)))

@@ -1,3 +1,3 @@
-"""Formats whose codes are vectors; importing it registers them."""
+"""Formats whose codes are vectors, and what goes around them; importing this registers them."""
 
-from lowbit.vq import additive, vector  # noqa: F401
+from lowbit.vq import additive, incoherent, vector  # noqa: F401
