@@ -30,7 +30,7 @@ from lowbit.export.open import open_model
 from lowbit.formats import base as formats
 from lowbit.plan import Plan
 from lowbit.ptq import base as solvers
-from lowbit.ptq.options import GptqOptions, LdlqOptions, YaqaOptions
+from lowbit.ptq.options import AqlmOptions, GptqOptions, LdlqOptions, LnqOptions, VptqOptions, YaqaOptions
 
 GRID = "int2:channel:midrise:mse"
 ROWS = (
@@ -44,7 +44,7 @@ ROWS = (
     f"{GRID} yaqa",
     f"rht:{GRID} yaqa",
 )
-OPTIONS = {o.solver: o for o in (GptqOptions, LdlqOptions, YaqaOptions)}
+OPTIONS = {o.solver: o for o in (GptqOptions, LdlqOptions, YaqaOptions, AqlmOptions, VptqOptions, LnqOptions)}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,14 +1,13 @@
 """AQLM (arXiv 2401.06118): additive codebooks fitted to the inputs of each linear.
 
-Codes and codebooks take turns in making `tr((W - W_hat) H (W - W_hat)^T)` smaller, until one turn gains less than `tol`:
-
-It starts from the codes of GPTQ's pass over the columns, which the paper does not make. Then:
+It starts from k-means and the codes of GPTQ's pass over the columns, which the paper does not make. Then codebooks and
+codes take turns in making `tr((W - W_hat) H (W - W_hat)^T)` smaller, until one turn gains less than `tol`:
 
 - **codes** by a beam search over whole rows. Groups of columns come in random order, and the codebooks of a group one
-  after the other; with everything else fixed, changing a code of row o from b to c changes the row's error, in units of its squared
-  scale, by a quadratic in the code vector that needs one column block of `(W - W_hat) H` alone. The best `beam` of all
-  states times codes stay; a beam of 1 is iterated conditional modes. Rows are independent.
-- **codebooks** by conjugate gradients (`lowbit.ptq.refit`) and scales in closed form, where the paper takes 100 steps of Adam.
+  after the other; with everything else fixed, changing a code of a row from b to c changes the row's error, in units of
+  its squared scale, by a quadratic in the code vector that needs one column block of `(W - W_hat) H` alone. The best
+  `beam` of all states times codes stay; a beam of 1 is iterated conditional modes. Rows are independent.
+- **codebooks** by conjugate gradients (`lowbit.ptq.refit`) and scales in closed form; the paper takes 100 Adam steps.
 
 The error never rises: the current code is among those compared, and a refit that gains nothing is dropped.
 What the paper does besides, fine-tuning each block, is training (`docs/vq_codebooks.md`).
@@ -59,7 +58,8 @@ def aqlm(
     history: list[tuple[str, float]] | None = None,
 ) -> Solved:
     """`w` as additive codes for the least error in the norm of H. `history`, if given, gets `("init" | "codes" |
-    "books", error)` of each turn, the error with damping. Raises `InputError` for other formats and as `weighed` does."""
+    "books", error)` of each turn, the error with damping. Raises `InputError` for other formats and as `weighed` does.
+    """
     check_format(fmt, "aqlm")
     own = weighed(w_OI, H_II, fmt, damping, name)
     history = [] if history is None else history

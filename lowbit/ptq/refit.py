@@ -1,8 +1,8 @@
 """Codebooks of fixed codes for the least error `tr((W - W_hat) H (W - W_hat)^T)`: a linear least-squares problem.
 
 A decoder is linear in its codebooks, so the error is a quadratic in them; conjugate gradients go to its minimum without
-forming its matrix (M K d unknowns), at one product with H a step. AQLM (arXiv 2401.06118, section 3.3) and GPTVQ (arXiv
-2402.15319) take Adam steps instead, LNQ (arXiv 2505.07004, equation 9) solves for each row; `docs/vq_codebooks.md` compares.
+forming its matrix (M K d unknowns), at one product with H a step. AQLM (arXiv 2401.06118) and GPTVQ (arXiv 2402.15319)
+take Adam steps instead, LNQ (arXiv 2505.07004) solves for each row; `docs/vq_codebooks.md` compares.
 """
 
 from functools import partial
@@ -37,8 +37,8 @@ def refit(
     error: Float[Array, ""],
 ) -> tuple[Params, Float[Array, ""]]:
     """`(stored parameters, their error)` after `steps` of conjugate gradients on the codebooks, preconditioned by the
-    diagonal that each entry would have alone, and, for a format with a scale for each row, the best scale. What is found is rounded to
-    fp16, and dropped where the error is then not below `error`, which that of `stored` is."""
+    diagonal that each entry would have alone, and, where each row has a scale, the best scale. What is found
+    is rounded to fp16, and dropped where the error is then not below `error`, which is that of `stored`."""
     parts = fmt.parts(w_OI.shape)
     own = {k: a for k, a in stored.items() if k not in FIXED}
     decode, pull = jax.vjp(lambda p: fmt.dequantize(codes, {**stored, **p}), own)

@@ -2,13 +2,14 @@
 along the outputs, for the least error `tr((W - W_hat) H (W - W_hat)^T)`.
 
 1. Codebooks by k-means of the weights, each column weighed by its `H_ii`.
-2. Columns are rounded one after the other, and those to come make up for the error (GPTQ). A vector lies in one column, so its nearest
-   code vector is the best one, and no coupling inside of a vector is neglected. Outlier columns come first.
-3. Turns, until one gains less than `tol`: codebooks of least error for the codes (`lowbit.ptq.refit`), then `cycles` of coordinate
-   descent over the codes, column by column, given all others.
+2. Columns are rounded one after the other, and those to come make up for the error (GPTQ). A vector lies in one
+   column, so its nearest code vector is the best one, and no coupling inside of a vector is neglected. Outlier columns
+   come first.
+3. Turns, until one gains less than `tol`: codebooks of least error for the codes (`lowbit.ptq.refit`), then `cycles` of
+   coordinate descent over the codes, column by column, given all others.
 
-Step 3 is LNQ's for a codebook of scalars in each row (`nuqN`): there the solver `lnq` runs it with the paper's 3 turns of 4
-cycles. VPTQ stops after step 2. With a Hessian for each group of outputs, `guided` is GuidedQuant: each group of rows by its own.
+Step 3 is LNQ's for a codebook of scalars in each row (`nuqN`): there the solver `lnq` runs it with the paper's 3 turns
+of 4 cycles. VPTQ stops after step 2. `guided` is GuidedQuant: each group of outputs has a Hessian of its own.
 """
 
 import dataclasses
@@ -44,8 +45,9 @@ def vptq(
     name: str = "weight",
     history: list[tuple[str, float]] | None = None,
 ) -> Solved:
-    """`w` as codes of vectors for the least error in the norm of H; see the module. `history`, if given, gets `("init" |
-    "books" | "codes", error)`, the error with damping. Raises `InputError` for other formats and as `weighed` does."""
+    """`w` as codes of vectors for the least error in the norm of H; see the module. `history`, if given, gets
+    `("init" | "books" | "codes", error)`, the error with damping. Raises `InputError` for other formats and as `weighed` does.
+    """
     check_format(fmt, "vptq")
     own = weighed(w_OI, H_II, fmt, damping, name)
     history = [] if history is None else history
@@ -101,9 +103,9 @@ def descend(
     codes: Int[Array, "Q I"],
     stored: Params,
 ) -> tuple[Int[Array, "Q I"], Float[Array, ""]]:
-    """`(codes, error)` after `cycles` over the columns: given all others, the error of column i is `H_ii` times the squared
-    distance to `W_i + sum_{j != i} (W_j - W_hat_j) H_ji / H_ii`; a vector takes the code nearest to that if it is
-    nearer than the one that it has. Works on transposed matrices, in which a column is contiguous."""
+    """`(codes, error)` after `cycles` over the columns: given all others, the error of column i is `H_ii` times the
+    squared distance to `W_i + sum_{j != i} (W_j - W_hat_j) H_ji / H_ii`; a vector takes the code nearest to that if it
+    is nearer than the one that it has. Works on transposed matrices, in which a column is contiguous."""
     O, I = w_OI.shape
     w_IO, diagonal = w_OI.T, jnp.maximum(jnp.diagonal(H_II), 1e-30)
     plain, mask, inner = stored, None, None

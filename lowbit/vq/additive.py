@@ -2,9 +2,9 @@
 
     w_hat[o, jG : (j+1)G] = scale_o * sum_m book_m[code_ojm]
 
-`aqlm:MxB:gG`: M codebooks of 2^B vectors of G weights, one fp16 scale a row. Bits per weight: `M B / G` for codes, packed to
-the bit along each row, `16 G M 2^B / (O I)` for codebooks, `16 / I` for scales. Small layers want small codebooks: 1x16
-with g8 on a 1024 x 1024 weight would cost 8 bits per weight for the codebook alone.
+`aqlm:MxB:gG`: M codebooks of 2^B vectors of G weights, one fp16 scale a row. Bits per weight: `M B / G` for codes,
+packed to the bit along each row, `16 G M 2^B / (O I)` for codebooks, `16 / I` for scales. Small layers want small
+codebooks: 1x16 with g8 on a 1024 x 1024 weight costs 8 bits per weight for the codebook alone.
 
 Without data, codebooks are fitted by residual k-means and refined together; `lowbit.ptq.aqlm` fits them to a text.
 """

@@ -3,11 +3,11 @@
     w_hat = scale * (book_1[code_1] + book_2[code_2] + ...)
 
 A decoder adds float32 values that are exact fp16 numbers, in one order, and multiplies once, so its result is the same
-bits in every program. Codes are found in whole numbers (`lowbit.vq.kmeans`), and they are too. Codebooks count: `bits_per_weight`
-has their bytes, and a codebook of more values than its weight is refused.
+bits in every program. Codes are found in whole numbers (`lowbit.vq.kmeans`), and they are too. Codebooks count:
+`bits_per_weight` has their bytes, and a codebook of more values than its weight is refused.
 
-Gradients: a weight's passes everywhere; codebooks and scale get the derivative at fixed codes, exactly, whose rounding to fp16 is
-straight-through. Codebooks `[A, P, K, d]` belong to A equal parts of the rows and P of the columns.
+Gradients: a weight's passes everywhere; codebooks and scale get the derivative at fixed codes, exactly, and their
+rounding to fp16 is straight-through. Codebooks `[A, P, K, d]` belong to A equal parts of the rows and P of the columns.
 """
 
 import dataclasses
@@ -33,7 +33,7 @@ BEAM = 4
 class Codebooks(Format):
     """Base; a subclass says what its vectors, stages and codes are.
 
-    `params`: codebooks (`books`) and, if `scaled`, `scale` of the rows `[O, 1]` or columns `[1, I]`, float32, all trained.
+    `params`: codebooks (`books`) and, if `scaled`, `scale` of the rows `[O, 1]` or columns `[1, I]`, float32, trained.
     """
 
     searched: ClassVar[bool] = True  # `init` is a search, too slow for a recipe that fits at every step
@@ -95,7 +95,8 @@ class Codebooks(Format):
 
     def init(self, w_OI: Float[Array, "O I"], stats: Any = None, key: Any = None) -> Params:
         """Codebooks by k-means of the weights, stage after stage and then together; `stats`, if given, are non-negative
-        importances `[I]` of the columns, `key` draws the vectors that k-means starts from. A scale is the root mean square."""
+        importances `[I]` of the columns, `key` draws the vectors that k-means starts from. A scale is the root mean
+        square."""
         parts = self.parts(w_OI.shape)
         scale, x_OI = {}, w_OI
         if self.scaled is not None:

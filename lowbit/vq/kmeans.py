@@ -4,7 +4,7 @@ Weights and code vectors are rounded to multiples of a power of two, so small th
 a whole number below 2^24, which float32 holds exactly in any order of summation. A search is therefore the same eager,
 jitted, batched and sharded, ties included (the first code wins), and so are the means that k-means takes. What is
 lost is the resolution of the *search*: `limit(d, M)` steps from 0 to the largest weight (724 at d = 8, M = 1), where
-rounding to a codebook of 2 bits a weight leaves errors of about a hundred steps. Decoding uses codebooks as they are stored.
+rounding to a codebook of 2 bits a weight leaves errors of tens of steps. Decoding uses codebooks as they are stored.
 
 `x_BNd` are N vectors of length d for each of B codebooks `book_BKd`, K a power of two.
 """
@@ -140,8 +140,9 @@ def means(
 def lloyd(x_BNd: Float[Array, "B N d"], K: int, key: Any, weight_BN: Any = None) -> Float[Array, "B K d"]:
     """Codebooks of K vectors by `ROUNDS` rounds of k-means on whole numbers.
 
-    They start from quantiles at which normal numbers have levels of density f^(1/3) (d = 1) or from one vector, drawn by `key`, of each of K equal parts of the vectors. After a
-    round, the first code that has no vector gets the one that is farthest from its own code.
+    They start from the quantiles of normal weights at which levels of density f^(1/3) lie (d = 1; Panter and Dite), or
+    from one vector, drawn by `key`, of each of K equal parts of the vectors. After a round, the first code that has no
+    vector gets the one that is farthest from its own code.
     """
     B, N, d = x_BNd.shape
     if d == 1:
@@ -170,8 +171,8 @@ def lloyd(x_BNd: Float[Array, "B N d"], K: int, key: Any, weight_BN: Any = None)
 def residual(
     x_BNd: Float[Array, "B N d"], sizes: tuple[int, ...], beam: int, key: Any, weight_BN: Any = None
 ) -> list[Float[Array, "B K d"]]:
-    """Codebooks of stages: k-means of the vectors, k-means of what is left, and so on; then `REFINE` rounds of search and
-    means, one stage after the other with the others' share taken off. In the units of x."""
+    """Codebooks of stages: k-means of the vectors, k-means of what is left, and so on; then `REFINE` rounds of search
+    and means, one stage after the other with the others' share taken off. In the units of x."""
     N, M = x_BNd.shape[1], len(sizes)
     if N > MOST:
         at = np.arange(MOST) * N // MOST

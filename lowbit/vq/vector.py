@@ -1,5 +1,5 @@
-"""Vector codebooks along the outputs (VPTQ, arXiv 2409.17066), small codebooks for blocks (GPTVQ, arXiv 2402.15319), and
-a codebook of scalars for each row (SqueezeLLM, arXiv 2306.07629; LNQ, arXiv 2505.07004).
+"""Vector codebooks along the outputs (VPTQ, arXiv 2409.17066), small codebooks for blocks (GPTVQ, arXiv 2402.15319),
+and a codebook of scalars for each row (SqueezeLLM, arXiv 2306.07629; LNQ, arXiv 2505.07004).
 
     w_hat[nV : (n+1)V, i] = book[code_ni mod K] + residual[code_ni div K]            (times scale_i)
 
@@ -8,13 +8,16 @@ feeds their errors back exactly.
 
 | name | codebooks | bits per weight |
 |---|---|---|
-| `vptq:vV:kK[:rR][:oN][:s]` | one of K vectors; `rR` a second one for what is left; `oN` N columns have their own; `s` a scale for each column | `(log2 K + log2 R) / V + 16 V (K + R) / (O I)` (+ `16 V (K + R) / (O I) + 16 N / (O I)`, + `16 / O`) |
-| `gptvq:vV:kK:cC[:nN]` | one of K vectors for each block of C columns and N rows (all rows) | `log2 K / V + 16 V K / (C N)` |
+| `vptq:vV:kK` | one of K vectors | `log2 K / V + 16 V K / (O I)` |
+| `vptq:...:rR` | a second one of R vectors for what is left | `+ log2 R / V + 16 V R / (O I)` |
+| `vptq:...:oN` | N columns have codebooks of their own | `+ 16 (V (K + R) + N) / (O I)` |
+| `vptq:...:s` | a scale for each column | `+ 16 / O` |
+| `gptvq:vV:kK:cC[:nN]` | one for each block of C columns and N rows (all) | `log2 K / V + 16 V K / (C N)` |
 | `nuqN` | one of 2^N scalars for each row | `N + 16 2^N / I` |
 
 `vptq` keeps both codes of a vector in one, `residual << log2 K | index`, packed to `log2 K + log2 R` bits, least
-significant first; the residual is masked with *its* bits (VPTQ's own unpacker used the index's, which loses bits where R > K).
-GPTVQ has its vectors along the inputs, and codebooks in 8 bits: here they are along the outputs and in fp16.
+significant first; the residual is masked with *its* bits (VPTQ's own unpacker uses the index's, which loses bits where
+R > K). GPTVQ has its vectors along the inputs, and codebooks in 8 bits: here they are along the outputs and in fp16.
 """
 
 import dataclasses
@@ -129,7 +132,7 @@ class Vector(Codebooks):
     def params_of(self, books: list[Array]) -> Params:
         return dict(zip(("codebook", "residual"), books))
 
-    # -- outlier columns: codes of the same size in codebooks of their own ----------------------------------------------
+    # -- outlier columns: codes of the same size in codebooks of their own --------------------------------------------
 
     @property
     def plain(self) -> "Vector":

@@ -79,7 +79,7 @@ def test_a_residual_with_more_bits_than_the_index_survives_packing():
 
 @pytest.mark.parametrize("name", ["vptq:v4:k16", "aqlm:1x4:g4", "gptvq:v2:k16:c16:n8", "nuq3"])
 def test_one_stage_takes_the_nearest_vector(name: str):
-    """Against brute force in float64; where the search's steps make two equal, neither is better by more than a step."""
+    """Against brute force in float64; where the search's steps make two equal, neither is better by over a step."""
     fmt, w = base.get(name), weight(seed=1)
     q = fmt.encode(jnp.asarray(w))
     codes, stored = q.codes()
@@ -189,7 +189,9 @@ def test_k_means_finds_clusters_and_fills_empty_codes():
     np.testing.assert_allclose(same, 1.0, rtol=2e-3)
 
 
-@pytest.mark.parametrize("name, most", [("nuq2", 0.1185), ("nuq4", 0.0097), ("vptq:v4:k256", 0.099), ("aqlm:2x8:g8", 0.092)])
+@pytest.mark.parametrize(
+    "name, most", [("nuq2", 0.1185), ("nuq4", 0.0097), ("vptq:v4:k256", 0.099), ("aqlm:2x8:g8", 0.092)]
+)
 def test_distortion_of_normal_weights(name: str, most: float):
     """Scalars: Lloyd-Max's 0.11748 and 0.009501 (fitted to each row, so a little less); vectors beat them."""
     w = jnp.asarray(weight(256, 1024, 6))
