@@ -46,7 +46,8 @@ def vptq(
     history: list[tuple[str, float]] | None = None,
 ) -> Solved:
     """`w` as codes of vectors for the least error in the norm of H; see the module. `history`, if given, gets
-    `("init" | "books" | "codes", error)`, the error with damping. Raises `InputError` for other formats and as `weighed` does.
+    `("init" | "books" | "codes", error)`, the error with damping. Raises `InputError` for other formats and as
+    `weighed` does.
     """
     check_format(fmt, "vptq")
     own = weighed(w_OI, H_II, fmt, damping, name)
