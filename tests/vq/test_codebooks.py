@@ -29,7 +29,7 @@ def decoded(name: str, arrays: dict[str, np.ndarray], O: int, I: int) -> np.ndar
     """The weights from the stored bytes, written from the layouts in the modules' docstrings, one vector at a time."""
     a = {k: v if k == "codes" else v.astype(np.float32) for k, v in arrays.items()}
     out = np.zeros((O, I), np.float32)
-    keys = {k[0]: int(k[1:] or 1) for k in name.split(":")[1:]}
+    keys = {k[0]: int(k[1:] or 1) for k in name.split(":")[1:] if k[0].isalpha()}
     if name.startswith("aqlm"):
         M, B = map(int, name.split(":")[1].split("x"))
         g, codes = keys["g"], stream(a["codes"], B, I // keys["g"] * M)
@@ -179,12 +179,14 @@ def test_a_wide_beam_finds_the_best_sum():
 
 
 def test_k_means_finds_clusters_and_fills_empty_codes():
+    """Vectors at sixteen points: codes that start at the same point lose all vectors to the first of them, and move to
+    the points that have no code."""
     rng = np.random.default_rng(5)
-    centers = 10 * rng.standard_normal((16, 4))
-    x = (centers[rng.integers(0, 16, 2000)] + 0.01 * rng.standard_normal((2000, 4))).astype(np.float32)
+    points = 10 * rng.standard_normal((16, 4)).astype(np.float32)
+    x = points[rng.integers(0, 16, 2000)]
     book = np.asarray(_fit(jnp.asarray(x[None])))[0]
-    far = np.square(centers[:, None] - book[None]).sum(-1).min(-1)
-    assert np.sum(far < 0.1) >= 14
+    far = np.abs(points[:, None] - book[None]).max(-1).min(-1)
+    assert far.max() <= 1 / 32
     same = np.asarray(_fit(jnp.ones((1, 2000, 4))))
     np.testing.assert_allclose(same, 1.0, rtol=2e-3)
 
