@@ -16,7 +16,7 @@ from lowbit.formats.base import Params
 from lowbit.vq.codebook import Codebooks
 
 HIGHEST = jax.lax.Precision.HIGHEST
-STEPS = 24
+STEPS = 8
 FIXED = ("scale", "outlier")
 
 
