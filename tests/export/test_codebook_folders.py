@@ -39,7 +39,7 @@ def check(model, tensors, read):
     assert known == 7
 
 
-@pytest.mark.parametrize("name", ["aqlm:2x4:g4", "aqlm:1x9:g4"])
+@pytest.mark.parametrize("name", ["aqlm:2x4:g4", pytest.param("aqlm:1x9:g4", marks=pytest.mark.slow)])
 def test_aqlm(name, tmp_path):
     model = packed(name)
     export_aqlm(model, tmp_path / "out")
@@ -60,7 +60,7 @@ def test_aqlm(name, tmp_path):
     check(model, tensors, read)
 
 
-@pytest.mark.parametrize("name", ["vptq:v4:k32:r8:s", "vptq:v8:k64"])
+@pytest.mark.parametrize("name", ["vptq:v4:k32:r8:s", pytest.param("vptq:v8:k64", marks=pytest.mark.slow)])
 def test_vptq(name, tmp_path):
     model = packed(name)
     export_vptq(model, tmp_path / "out")

@@ -33,7 +33,7 @@ def checked(r, w, h, history):
     return exact
 
 
-@pytest.mark.parametrize("beam", [1, 3])
+@pytest.mark.parametrize("beam", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_aqlm(beam):
     w, h, history = weight(16, 64), correlated(64), []
     checked(A.aqlm(w, h, formats.get("aqlm:2x3:g4"), beam=beam, history=history), w, h, history)
@@ -45,7 +45,10 @@ def test_aqlm_is_the_same_again():
     assert all(np.asarray(a[k]).tobytes() == np.asarray(b[k]).tobytes() for k in a)
 
 
-@pytest.mark.parametrize("name, beam", [("aqlm:2x3:g4", 1), ("aqlm:2x3:g4", 3), ("aqlm:3x2:g2", 2)])
+@pytest.mark.parametrize(
+    "name, beam",
+    [("aqlm:2x3:g4", 3), *(pytest.param(*c, marks=pytest.mark.slow) for c in (("aqlm:2x3:g4", 1), ("aqlm:3x2:g2", 2)))],
+)
 def test_the_searchs_error_is_the_error_after_every_block_of_moves(name, beam):
     """Every state's, recomputed from its codes in float64; and its `pull` is `(x - y) H`."""
     fmt, w, h = formats.get(name), weight(8, 64), correlated(64)
@@ -86,12 +89,22 @@ def test_a_beam_as_wide_as_all_codes_finds_the_best_ones():
     assert float(error) == pytest.approx(best.sum(), rel=1e-4)
 
 
-@pytest.mark.parametrize("name", ["vptq:v4:k16", "vptq:v4:k8:r8", "vptq:v2:k8:o6:s", "gptvq:v2:k4:c32:n8", "nuq2"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "vptq:v2:k8:o6:s",
+        "nuq2",
+        pytest.param("vptq:v4:k16", marks=pytest.mark.slow),
+        pytest.param("vptq:v4:k8:r8", marks=pytest.mark.slow),
+        pytest.param("gptvq:v2:k4:c32:n8", marks=pytest.mark.slow),
+    ],
+)
 def test_vptq(name):
     w, h, history = weight(32, 64), correlated(64), []
     checked(vptq(w, h, formats.get(name), order="columns", tol=0.0, history=history), w, h, history)
 
 
+@pytest.mark.slow
 def test_outlier_columns_are_those_that_matter_and_help():
     w, h = weight(64, 64), np.eye(64, dtype=np.float32)
     w[:, [5, 40]] *= 20
@@ -100,6 +113,7 @@ def test_outlier_columns_are_those_that_matter_and_help():
     assert apart.error < 0.5 * plain.error
 
 
+@pytest.mark.slow
 def test_gptq_takes_formats_of_one_stage():
     w, h = weight(32, 64), correlated(64)
     for name in ("vptq:v4:k16", "nuq2", "aqlm:1x4:g4"):
@@ -108,7 +122,7 @@ def test_gptq_takes_formats_of_one_stage():
         assert quadratic_error(w, r.w_hat_OI, h) < 0.7 * quadratic_error(w, rtn.encode(r.q.format, w).decode(), h)
 
 
-@pytest.mark.parametrize("name", ["nuq2", "aqlm:2x2:g2", "vptq:v4:k4:r4"])
+@pytest.mark.parametrize("name", ["nuq2", "aqlm:2x2:g2", pytest.param("vptq:v4:k4:r4", marks=pytest.mark.slow)])
 def test_refit_is_the_least_squares_solution(name):
     """Against the normal equations in float64, built one unknown at a time; fp16 codebooks lose a little."""
     fmt, w, h = formats.get(name), weight(8, 32), correlated(32)
