@@ -73,7 +73,7 @@ def _with_outliers(fmt: Vector, own: Weighed, act_order: bool, name: str) -> tup
     """`feedback` with the outlier columns first: they are rounded to nearest, the others make up for their error at
     once, `W_rest += (W_out - W_hat_out) H_out,rest H_rest,rest^-1`, and are rounded one after the other."""
     stored = fmt.stored(_fitted(fmt, own.w_OI, own.importance_I))
-    out = np.asarray(stored["outlier"], np.int64)
+    out = np.asarray(stored["outlier"][0], np.int64)
     rest = np.setdiff1d(np.arange(own.w_OI.shape[1]), out)
     at, inner, _ = fmt._outlier(stored, own.w_OI.shape[1])
     w_out = own.w_OI[:, at]

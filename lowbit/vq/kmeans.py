@@ -10,6 +10,7 @@ rounding to a codebook of 2 bits a weight leaves errors of tens of steps. Decodi
 """
 
 import math
+from functools import partial
 from statistics import NormalDist
 from typing import Any
 
@@ -48,6 +49,7 @@ def take(book_BKd: Float[Array, "B K d"], codes_BN: Int[Array, "B N"]) -> Float[
     return jnp.take(book_BKd.reshape(B * K, d), flat, axis=0, mode="clip")
 
 
+@partial(jax.jit, static_argnames="keep")
 def nearest(
     r_dBN: Float[Array, "d B N"], book_BKd: Float[Array, "B K d"], keep: int = 1, norm_BK: Any = None
 ) -> list[tuple[Float[Array, "B N"], Int[Array, "B N"]]]:
@@ -86,6 +88,7 @@ def _insert(best: list[tuple[Array, Array]], score: Array, code: Array) -> list[
     return out
 
 
+@partial(jax.jit, static_argnames="beam")  # one program for a shape, even where every operation is its own
 def search(x_BNd: Float[Array, "B N d"], books: list[Array], beam: int) -> list[Int[Array, "B N"]]:
     """Codes, one array a stage, whose code vectors' sum is near to x: exactly the nearest for one stage, by a beam
     search for several. Vectors and books are whole numbers (see the module)."""

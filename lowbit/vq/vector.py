@@ -40,8 +40,8 @@ from lowbit.vq.codebook import Codebooks, power
 @dataclasses.dataclass(frozen=True)
 class Vector(Codebooks):
     """See the module. `params`: `codebook` `[A, P, K, V]`, with a residual `residual` `[A, P, R, V]`, with outliers
-    `outlier.codebook` (and `outlier.residual`) `[1, 1, K, V]` and `outlier` `[N]`, their columns, which is not trained;
-    with `column_scale` `scale` `[1, I]`. Codes are int32 `[O / V, I]`."""
+    `outlier.codebook` (and `outlier.residual`) `[1, 1, K, V]` and `outlier` `[1, N]`, their columns, which are not
+    trained; with `column_scale` `scale` `[1, I]`. Codes are int32 `[O / V, I]`."""
 
     size: int = 4
     entries: int = 16
@@ -158,11 +158,11 @@ class Vector(Codebooks):
         if self.column_scale:
             own["scale"] = jnp.ones((1, w_OI.shape[1])).at[:, usual].set(own["scale"])
         own |= {f"outlier.{k}": a for k, a in self.apart.init(w_OI[:, outer], None, key).items()}
-        return {**own, "outlier": outer.astype(jnp.float32)}
+        return {**own, "outlier": outer.astype(jnp.float32)[None]}
 
     def _outlier(self, stored: Params, columns: int) -> tuple[Array, Params, Params]:
         """Their columns, their parameters and those of the others."""
-        at = jnp.clip(stored["outlier"].astype(jnp.int32), 0, columns - 1)
+        at = jnp.clip(stored["outlier"][0].astype(jnp.int32), 0, columns - 1)
         inner = {k.removeprefix("outlier."): a for k, a in stored.items() if k.startswith("outlier.")}
         return at, inner, {k: a for k, a in stored.items() if not k.startswith("outlier")}
 

@@ -60,7 +60,8 @@ def test_aqlm(name, tmp_path):
     check(model, tensors, read)
 
 
-@pytest.mark.parametrize("name", ["vptq:v4:k32:r8:s", pytest.param("vptq:v8:k64", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["vptq:v4:k32:r8:s", "vptq:v8:k64"])
 def test_vptq(name, tmp_path):
     model = packed(name)
     export_vptq(model, tmp_path / "out")
@@ -90,6 +91,7 @@ def test_vptq(name, tmp_path):
     check(model, tensors, read)
 
 
+@pytest.mark.slow
 def test_refusals(tmp_path):
     out = tmp_path / "out"
     with pytest.raises(InputError, match=r"weights in \['aqlm:1x4:g4', 'aqlm:2x4:g4'\]"):

@@ -16,6 +16,13 @@ REST = [("nuq4", 0.0097), ("vptq:v4:k256", 0.099), ("aqlm:2x8:g8", 0.092)]
 NAMES = ["aqlm:2x4:g4", "vptq:v4:k16:r32", "vptq:v2:k16:o8:s", "gptvq:v2:k16:c16:n8", "nuq2"]
 
 
+def over(slow: list[str]) -> pytest.MarkDecorator:
+    """Over all names; some with `-m slow` only."""
+    return pytest.mark.parametrize(
+        "name", [pytest.param(n, marks=[pytest.mark.slow] if n in slow else []) for n in NAMES]
+    )
+
+
 def weight(O=32, I=64, seed=0):
     return np.random.default_rng(seed).standard_normal((O, I)).astype(np.float32)
 
@@ -57,7 +64,7 @@ def decoded(name: str, arrays: dict[str, np.ndarray], O: int, I: int) -> np.ndar
     return out
 
 
-@pytest.mark.parametrize("name", NAMES)
+@over(NAMES[2:])
 def test_stored_bytes_decode_by_their_description(name: str):
     w = weight()
     q = base.get(name).encode(jnp.asarray(w))
@@ -92,7 +99,7 @@ def test_one_stage_takes_the_nearest_vector(name: str):
     assert (np.sqrt(chosen) - np.sqrt(far.min(-1))).max() < 0.02
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (":k16" in n)) for n in NAMES])
+@over(NAMES[1:4])
 def test_gradients_of_codebooks_and_scales(name: str):
     """At fixed codes, by differences of the decoder; a weight's passes."""
     fmt, w = base.get(name), jnp.asarray(weight(seed=2))
