@@ -29,7 +29,8 @@ class Quantize:
     rules: WordPath = None
     """TOML file of [[rule]] match, format; the first match wins."""
     solver: str = "rtn"
-    """rtn: round to nearest; gptq, ldlq: with error feedback, yaqa: on both sides; these are calibrated on --calib."""
+    """rtn: round to nearest; calibrated on --calib: gptq, ldlq: with error feedback, yaqa: on both sides; aqlm, vptq,
+    lnq: learned codebooks."""
     transform: str = "none"
     """none: the network as it is; quarot, spinquant, smoothquant, flatquant or a saved one (see lowbit transform): the
     model is held in memory then, in float32."""

@@ -44,6 +44,6 @@ def _each(params: Tree, change: Callable[[Coded], Coded]) -> Tree:
     return trees.map_leaves(one, params)
 
 
-# The paper's rates: 3e-4 for what is continuous, 1e-2 for codes; beta2 0.95.
+# The paper's rates: 3e-4 for what is continuous; for codes 1e-2, relative to the matrix as the paper's trust ratio is.
 DEFAULTS = {"lr": 3e-4, "scale_lr": 1.0, "lr_groups": ((rf".*:{SHIFT}", 33.0),), "b2": 0.95}
 register(Recipe("pv", prepare, latents.convert, DEFAULTS, revise=revise))
