@@ -20,11 +20,7 @@ STEPS = 8
 FIXED = ("scale", "outlier")
 
 
-<<<<<<< HEAD
 def error_of(w_OI: Any, w_hat_OI: Any, H_II: Any) -> Float[Array, ""]:
-=======
-def error_of(w_OI: Array, w_hat_OI: Array, H_II: Array) -> Float[Array, ""]:
->>>>>>> vq-codebooks
     """`tr((W - W_hat) H (W - W_hat)^T)` in float32."""
     d = w_OI - w_hat_OI
     return jnp.sum(jnp.matmul(d, H_II, precision=HIGHEST) * d)
