@@ -28,7 +28,8 @@ def tokens() -> np.ndarray:
 
 
 FORMATS = [("llama", "q4_0"), ("llama", "int2:g64"), ("qwen2", "ternary:tensor"), ("qwen3", "int4:g64:asym"),
-           ("gemma2", "tq2_0"), ("gemma3", "int3:g64")]  # fmt: skip
+           ("gemma2", "tq2_0"), ("gemma3", "int3:g64"), ("llama", "rht:e8p2"), ("llama", "trellis2:latin:l10"),
+           ("llama", "aqlm:2x4:g4")]  # fmt: skip
 
 
 @pytest.mark.parametrize("name, format", FORMATS)
