@@ -5,7 +5,7 @@ Purpose: each row packs the linears inside blocks by a solver; with a recipe beh
     unquantized model. Bits count codebooks, signs and scales; the evaluated model was written packed and read back.
 Command: lowbit run experiments/vq.py
 Device: 2 CPU cores (any accelerator works)
-Expected time: 60 minutes on 2 CPU cores
+Expected time: 30 minutes on 2 CPU cores
 Expected numbers: docs/vq.md
 """
 
@@ -36,9 +36,10 @@ from lowbit.train.config import TrainConfig
 from lowbit.tree import Tree
 
 FORMATS = {
-    2: ("rtn int2:g64:mse", "gptq int2:g64:mse", "ldlq rht:e8p2", "ldlq rht:trellis2:mcg:l12"),
-    3: ("rtn int3:g64:mse", "gptq int3:g64:mse", "ldlq rht:e8p3", "ldlq rht:trellis3:mcg:l12"),
-    4: ("rtn int4:g64:mse", "gptq int4:g64:mse", "ldlq rht:e8p4", "ldlq rht:trellis4:mcg:l12"),
+    2: ("rtn int2:g64:mse", "gptq int2:g64:mse", "ldlq rht:e8p2", "ldlq rht:trellis2:latin:l12", "aqlm aqlm:1x8:g4")
+    + ("vptq vptq:v4:k256",),
+    3: ("rtn int3:g64:mse", "gptq int3:g64:mse", "ldlq rht:e8p3", "ldlq rht:trellis3:latin:l12"),
+    4: ("rtn int4:g64:mse", "gptq int4:g64:mse", "ldlq rht:e8p4", "ldlq rht:trellis4:latin:l12"),
 }
 ROWS = tuple(row for rows in FORMATS.values() for row in rows)
 ROWS += tuple(f"{row} ft" for row in FORMATS[2][1:]) + tuple(f"{row} pv" for row in FORMATS[2][1:])
@@ -54,8 +55,8 @@ class Config:
     """Regular expressions of weights that stay bf16."""
     calibration_rows: int = 64
     """Rows of text that solvers calibrate on."""
-    blocks: BlockOptions = BlockOptions(rows=64, valid_rows=16, quant_lr=1e-3)
-    steps: int = 80
+    blocks: BlockOptions = BlockOptions(rows=32, valid_rows=16, quant_lr=1e-3)
+    steps: int = 60
     batch_size: int = 2
     """Rows of one step end to end."""
     seq: int = 256

@@ -255,10 +255,10 @@ def _check(family: str, K: float, code: str, V: int, L: int = 16, order: str = "
 
 _EXAMPLES = {
     1: ["trellis1:3inst:l10"],
-    2: ["trellis2:mcg:l10", "trellis2:mcg", "trellis2:1mad:l12", "trellis2:hyb:l10", "trellis2:lut:l8:v2"],
+    2: ["trellis2:mcg:l10", "trellis2:1mad:l10", "trellis2:hyb:l10", "trellis2:lut:l8:v2"],
     2.5: ["trellis2.5:mul1:l10"],
     3: ["trellis3:hyb:l10:qtip"],
-    4: ["trellis4:mul1:l10:qtip", "trellis4:latin:l12"],
+    4: ["trellis4:mul1:l10:qtip", "trellis4:latin:l10"],
 }
 for _K in RATES:
     register(f"trellis{_K:g}", _parser(_K), _EXAMPLES.get(_K, []))
