@@ -57,6 +57,7 @@ def kl(model, assignment, text: str, convention: str | None = None) -> float:
     return evaluate(other, text, model, convention)["kl_mean"]
 
 
+@pytest.mark.slow
 def test_command(stories, texts, home, monkeypatch, capsys):
     """From the command to a packed folder: never over the budget, all of it used, better than uniform 3 bits."""
     monkeypatch.chdir(home)
