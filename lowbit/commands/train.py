@@ -110,6 +110,10 @@ class Train:
                 if getattr(self, flag) is not None:
                     flag = flag.replace("_", "-")
                     raise InputError(f"--{flag} with recipe {self.recipe}, which trains nothing end to end")
+        revising = [f for f in ("revise_every", "revise_fraction") if getattr(train, f) != getattr(DEFAULTS, f)]
+        if recipe.revise is None and revising:
+            flag = revising[0].replace("_", "-")
+            raise InputError(f"--{flag} with recipe {self.recipe} (allowed: with pv, whose codes change)")
         if self.stages and not recipe.restarts:
             raise InputError(f"--stages with recipe {self.recipe} (allowed: recipes that train latent weights)")
         plan = with_rules(make_plan(self.format, self.rules), self)

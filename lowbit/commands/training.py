@@ -123,7 +123,10 @@ class Job:
 
             folder = run.path("blocks")
             o, stored = self.options.blocks, self.stored
-            labels = self.teacher if self.options.teacher is not None else None
+            # A teacher of another shape teaches end to end alone; where there is no such phase it is refused.
+            own = self.options.teacher is None
+            same = own or self.teacher.config == self.model.config or self.recipe.before.alone
+            labels = None if own or not same else self.teacher
             return self.recipe.before.run(
                 self.model, self.assignment, self.block_tokens, o, folder, on_block, stored, self.read, labels
             )

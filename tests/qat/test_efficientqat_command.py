@@ -147,3 +147,21 @@ def test_stages_by_rules_and_formats_resume(here, capsys):
     assert more["step"] == 4
     assert weights("stages") != b"" and run(capsys, *one, "--out", "straight")["loss"] == more["loss"]
     assert weights("stages") == weights("straight")
+
+
+def test_options_that_would_do_nothing_are_refused(here, capsys):
+    assert main([*TRAIN, "--recipe", "ste", "--revise-every", "3", "--out", "no"]) == 2
+    assert "--revise-every with recipe ste (allowed: with pv" in capsys.readouterr().err
+    assert not Path("no").exists()
+
+
+def test_a_teacher_of_another_shape_teaches_the_second_phase_alone(here, capsys):
+    """Block by block the model's own blocks give the labels; a recipe that has no second phase refuses the teacher."""
+    import dataclasses
+
+    other = dataclasses.replace(CONFIG, num_layers=1)
+    save_hf(Model(other, init_params(other, jax.random.key(1)), ByteTokenizer()), here / "t", dtype="bfloat16")
+    argv = [*TRAIN, *BLOCKS, "--teacher", "t"]
+    assert run(capsys, *argv, "--recipe", "efficientqat", "--out", "taught")["status"] == "finished"
+    assert main([*argv, "--recipe", "block-ft", "--out", "refused"]) == 2
+    assert "of another shape" in capsys.readouterr().err
