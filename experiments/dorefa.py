@@ -4,7 +4,7 @@ Paper: DoReFa-Net (arXiv 1606.06160), PACT (1805.06085). DoReFa alone leaves inp
     weights and inputs in [-a, a] whose a is learned under L2 decay.
 Command: lowbit run experiments/dorefa.py
 Device: 2 CPU cores; the model and TinyStories lie in the folder that LOWBIT_SHARED names (default ../shared)
-Expected time: 6 minutes for three seeds on 2 free CPU cores
+Expected time: 6 minutes for three seeds on 2 free CPU cores (estimated from single rows)
 Expected numbers: docs/qat.md
 """
 

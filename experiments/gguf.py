@@ -4,8 +4,8 @@ Purpose: each type rounded and trained (`ste-learned`: sub-block scales searched
     whose rows the K and ternary types divide. benchmarks/gguf_qat.py has llama.cpp's own quantizer beside it.
 Command: lowbit run experiments/gguf.py
 Device: 2 CPU cores
-Expected time: 80 minutes for one seed on 2 CPU cores
-Expected numbers: docs/qat.md
+Expected time: 80 minutes for one seed on 2 CPU cores (estimated from single rows)
+Expected numbers: docs/qat.md has q4_0, q2_k and tq2_0; the others were not run
 """
 
 import dataclasses

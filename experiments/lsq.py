@@ -5,7 +5,7 @@ Paper: LSQ (arXiv 1902.08153), LSQ+ (2004.09576): weights and inputs in the same
     inputs that are scaled for each token anew.
 Command: lowbit run experiments/lsq.py
 Device: 2 CPU cores; the model and TinyStories lie in the folder that LOWBIT_SHARED names (default ../shared)
-Expected time: 20 minutes for three seeds on 2 free CPU cores
+Expected time: 20 minutes for three seeds on 2 free CPU cores (estimated from single rows)
 Expected numbers: docs/qat.md
 """
 

@@ -4,7 +4,7 @@ Paper: arXiv 2502.02631. One scale a group, started at the published values and 
     grid from a searched scale.
 Command: lowbit run experiments/paretoq.py
 Device: 2 CPU cores; the model and TinyStories lie in the folder that LOWBIT_SHARED names (default ../shared)
-Expected time: 6 minutes for three seeds on 2 free CPU cores
+Expected time: 6 minutes for three seeds on 2 free CPU cores (estimated from single rows)
 Expected numbers: docs/qat.md
 """
 

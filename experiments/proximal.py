@@ -4,7 +4,7 @@ Paper: PARQ (arXiv 2503.15748), BinaryRelax (1801.06313). Piecewise-affine regul
     run; at its end the weights lie on the grid.
 Command: lowbit run experiments/proximal.py
 Device: 2 CPU cores; the model and TinyStories lie in the folder that LOWBIT_SHARED names (default ../shared)
-Expected time: 10 minutes for three seeds on 2 free CPU cores
+Expected time: 10 minutes for three seeds on 2 free CPU cores (estimated from single rows)
 Expected numbers: docs/qat.md
 """
 

@@ -4,7 +4,7 @@ Paper: arXiv 1308.3432. `ste` fits absmax scales to the latents at each step; `s
     error is least, with scales of either sign, and trains them by LSQ's gradient. Beside rounding and GPTQ.
 Command: lowbit run experiments/ste.py
 Device: 2 CPU cores; the model and TinyStories lie in the folder that LOWBIT_SHARED names (default ../shared)
-Expected time: 15 minutes for three seeds on 2 free CPU cores
+Expected time: 15 minutes for three seeds on 2 free CPU cores (estimated from single rows)
 Expected numbers: docs/qat.md
 """
 

@@ -5,7 +5,7 @@ Purpose: each row packs the linears inside blocks by a solver; with a recipe beh
     unquantized model. Bits count codebooks, signs and scales; the evaluated model was written packed and read back.
 Command: lowbit run experiments/vq.py
 Device: 2 CPU cores (any accelerator works)
-Expected time: 30 minutes on 2 CPU cores
+Expected time: 30 minutes on 2 CPU cores (estimated from single rows)
 Expected numbers: docs/vq.md
 """
 
