@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from lowbit import tree as trees
+from lowbit import xla
 from lowbit.data import rows
 from lowbit.errors import InputError, Stopped
 from lowbit.experiment.progress import Progress
@@ -102,6 +103,7 @@ def kept(path: Path, measure: Callable[[], Any]) -> Any:
     """What `measure` gives, as JSON; what an earlier start wrote to `path` is taken from there."""
     if not path.exists():
         write_json(path, measure())
+        xla.release()
     return json.loads(path.read_text())
 
 
