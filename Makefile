@@ -3,8 +3,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 RUNTIMES := .venv-runtimes/bin
-# Tests spend their time compiling, which takes one core: two processes, a file of tests in each at a time.
-PYTEST := -m pytest -n 2 --dist loadfile
+# Tests spend their time compiling, which takes one core: two processes, a file of tests in each at a time. If one of
+# them crashes the run ends (with a new one in its place, it would wait for ever).
+PYTEST := -m pytest -n 2 --dist loadfile --max-worker-restart 0
 
 .PHONY: env quickstart test test-default test-slow test-runtimes lint clean
 .DEFAULT_GOAL := env

@@ -1,6 +1,6 @@
 """Vector quantization beside scalar grids: solvers, fine-tuning around their codes, and codes that move.
 
-Purpose: each row packs the linears inside blocks by a solver; with a recipe behind it, `block-ft` or `ft` tunes
+Purpose: each row packs the linears inside blocks by a solver; with a recipe behind it, `ft` tunes
     everything continuous (scales, signs, codebooks, norms) around the codes, `pv` moves codes too. Forward KL to the
     unquantized model. Bits count codebooks, signs and scales; the evaluated model was written packed and read back.
 Command: lowbit run experiments/vq.py
@@ -10,14 +10,15 @@ Expected numbers: docs/vq.md
 """
 
 import dataclasses
+import re
 import sys
 import time
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from lowbit import qat
-from lowbit.errors import InputError
+from lowbit.errors import InputError, unknown
 from lowbit.evaluate.perplexity import evaluate
 from lowbit.evaluate.size import sizes
 from lowbit.experiment import report
@@ -26,15 +27,18 @@ from lowbit.experiment.run import Run
 from lowbit.experiment.texts import Data
 from lowbit.export.open import open_model
 from lowbit.formats import base
+from lowbit.formats.base import SHIFT
 from lowbit.models.hf import load_hf, save_hf
 from lowbit.models.model import Model
 from lowbit.plan import Plan, Rule
 from lowbit.ptq import base as solvers
 from lowbit.ptq.calibrate import tokenize
+from lowbit.ptq.options import AqlmOptions, GptqOptions, LdlqOptions, LnqOptions, VptqOptions, YaqaOptions
 from lowbit.train.block_options import BlockOptions
 from lowbit.train.config import TrainConfig
 from lowbit.tree import Tree
 
+OPTIONS = {o.solver: o for o in (GptqOptions, LdlqOptions, YaqaOptions, AqlmOptions, VptqOptions, LnqOptions)}
 FORMATS = {
     2: ("rtn int2:g64:mse", "gptq int2:g64:mse", "ldlq rht:e8p2", "ldlq rht:trellis2:latin:l12", "aqlm aqlm:1x8:g4")
     + ("vptq vptq:v4:k256",),
@@ -50,7 +54,7 @@ class Config:
     model: str = "lowbit-base"
     """Folder, file, run directory, hub id or name in the package."""
     rows: tuple[str, ...] = ROWS
-    """Each "SOLVER FORMAT", and the recipe that goes on from there if there is one."""
+    """Each "SOLVER FORMAT [OPTION=VALUE ...]", and the recipe that goes on from there if there is one."""
     keep: tuple[str, ...] = ()
     """Regular expressions of weights that stay bf16."""
     calibration_rows: int = 64
@@ -62,7 +66,13 @@ class Config:
     seq: int = 256
     """Tokens of one row."""
     lr: float = 3e-4
-    """Peak learning rate end to end; codes move at 33 times as much in `pv`."""
+    """Peak learning rate end to end."""
+    code_lr: float = 33.0
+    """That of codes in `pv`, times `lr`."""
+    revise_every: int = 10
+    """Steps between changes of codes in `pv`."""
+    revise_fraction: float = 0.01
+    """Of the tiles, whose codes change at once in `pv`."""
     seed: int = 0
     data: Data = Data(eval_tokens=8192)
 
@@ -70,12 +80,12 @@ class Config:
 def run(config: Config, run: Run) -> None:
     model = open_model(config.model)
     cases = {row: parse(row) for row in config.rows}
-    for _, fmt, _ in cases.values():
-        make_plan(config, fmt).resolve(model.config.shapes())  # refuses before hours of work
+    for case in cases.values():
+        make_plan(config, case.format).resolve(model.config.shapes())  # refuses before hours of work
     g = ground(model, config.model, config.data, config.seq, run)
     table = [{"name": "fp", "method": "fp", **evaluate(g.fp, g.text, g.fp, config.data.convention)}]
     for row, case in cases.items():
-        table.append(kept(run.path("measured", f"{slug(row)}.json"), partial(measure, config, run, g, *case)))
+        table.append(kept(run.path("measured", f"{slug(row)}.json"), partial(measure, config, run, g, case)))
     names = ("name", "method", "format", "bits_per_weight_quantized", "kl_mean", "kl_p99", "same_top1", "perplexity")
     shown = [{k: row.get(k) for k in (*names, "file_bytes", "seconds")} for row in table]
     tokens = config.steps * config.batch_size * config.seq
@@ -86,61 +96,90 @@ def run(config: Config, run: Run) -> None:
     print(report.text_table(shown), flush=True)
 
 
-def parse(row: str) -> tuple[str, str, str | None]:
-    """Solver, format and recipe of a row, all known. Raises `InputError`."""
-    words = row.split()
-    if len(words) not in (2, 3):
-        raise InputError(f"row {row!r} (allowed: SOLVER FORMAT [RECIPE], such as 'ldlq rht:e8p2 ft')")
-    solvers.get(words[0])
-    if len(words) == 3:
-        qat.get(words[2])
-    return words[0], base.get(words[1]).name, words[2] if len(words) == 3 else None
+class Case(NamedTuple):
+    solver: str
+    format: str
+    options: dict[str, Any]
+    recipe: str | None
+
+    @property
+    def start(self) -> str:
+        """What the recipe goes on from."""
+        return " ".join([self.solver, self.format, *(f"{k}={v}" for k, v in self.options.items())])
+
+    @property
+    def name(self) -> str:
+        return self.start if self.recipe is None else f"{self.start} {self.recipe}"
+
+
+def parse(row: str) -> Case:
+    """What a row names, all known. Raises `InputError`."""
+    solver, fmt, *more = row.split() if len(row.split()) > 1 else (row, "")
+    solvers.get(solver)
+    options: dict[str, Any] = {}
+    while more and "=" in more[0]:
+        key, _, value = more.pop(0).partition("=")
+        known = [f.name for f in dataclasses.fields(OPTIONS[solver])] if solver in OPTIONS else []
+        if key not in known:
+            raise unknown(f"option of solver {solver}", key, known)
+        options[key] = value if not re.fullmatch(r"[\d.e-]+", value) else float(value) if "." in value else int(value)
+    if options:
+        OPTIONS[solver](**options)
+    if len(more) > 1:
+        raise InputError(
+            f"row {row!r} (allowed: SOLVER FORMAT [OPTION=VALUE ...] [RECIPE], such as 'ldlq rht:e8p2 ft')"
+        )
+    if more:
+        qat.get(more[0])
+    return Case(solver, base.get(fmt).name, options, more[0] if more else None)
 
 
 def make_plan(config: Config, fmt: str) -> Plan:
     return Plan(tuple(Rule(k, "bf16") for k in config.keep), fmt)
 
 
-def measure(config: Config, run: Run, g: Ground, solver: str, fmt: str, recipe: str | None) -> dict[str, Any]:
+def measure(config: Config, run: Run, g: Ground, case: Case) -> dict[str, Any]:
     """One row, evaluated from the packed folder that it was written to."""
     start = time.monotonic()
-    params = solved(config, run, g, solver, fmt).params
-    name = f"{solver} {fmt}"
-    if recipe is not None:
-        name += f" {recipe}"
-        params = tuned(config, run, g, params, fmt, recipe, name)
+    params = solved(config, run, g, case).params
+    if case.recipe is not None:
+        params = tuned(config, run, g, params, case)
     seconds = time.monotonic() - start
-    folder = run.path("packed", slug(name))
+    folder = run.path("packed", slug(case.name))
     save_hf(g.fp.replace(params=rest_bf16(params)), folder, dtype=None, packed=True)
     done = load_hf(folder)
     scores = evaluate(done, g.text, g.fp, config.data.convention)
-    print(f"{name}: KL {scores['kl_mean']:.4g}, {seconds:.0f} s", file=sys.stderr, flush=True)
-    row = {"name": name, "method": f"{solver} + {recipe}" if recipe else solver, "format": fmt, **scores}
+    print(f"{case.name}: KL {scores['kl_mean']:.4g}, {seconds:.0f} s", file=sys.stderr, flush=True)
+    method = f"{case.solver} + {case.recipe}" if case.recipe else case.solver
+    row = {"name": case.name, "method": method, "format": case.format, **scores}
     return row | {"file_bytes": sizes(done.params)["stored_bytes"], "seconds": round(seconds, 1)}
 
 
-def solved(config: Config, run: Run, g: Ground, solver: str, fmt: str) -> Model:
+def solved(config: Config, run: Run, g: Ground, case: Case) -> Model:
     """The packed model that a solver gives, kept for the recipes that go on from it."""
-    folder = run.path("solved", slug(f"{solver} {fmt}"))
+    folder = run.path("solved", slug(case.start))
     if not folder.exists():
-        options = {} if solver == "rtn" else {"rows": config.calibration_rows, "length": config.seq}
-        assignment = make_plan(config, fmt).resolve(g.fp.config.shapes())
-        params = solvers.get(solver).quantize(g.fp, assignment, g.documents, **options)
+        options = {} if case.solver == "rtn" else {"rows": config.calibration_rows, "length": config.seq}
+        assignment = make_plan(config, case.format).resolve(g.fp.config.shapes())
+        params = solvers.get(case.solver).quantize(g.fp, assignment, g.documents, **options | case.options)
         save_hf(g.fp.replace(params=params), folder, dtype=None, packed=True)
     return load_hf(folder)
 
 
-def tuned(config: Config, run: Run, g: Ground, params: Tree, fmt: str, name: str, title: str) -> Tree:
-    """`params` after a recipe: block by block against the unquantized blocks if it works so, then end to end."""
-    recipe, o = qat.get(name), config.blocks
-    assignment = make_plan(config, fmt).resolve(g.fp.config.shapes())
+def tuned(config: Config, run: Run, g: Ground, params: Tree, case: Case) -> Tree:
+    """`params` after the recipe: block by block against the unquantized blocks if it works so, then end to end."""
+    recipe, o = qat.get(case.recipe), config.blocks
+    assignment = make_plan(config, case.format).resolve(g.fp.config.shapes())
     if recipe.before is not None:
         tokens = tokenize(g.documents, g.fp.tokenizer, o.rows + o.valid_rows, config.seq, o.seed)
-        folder = run.path("blocks", slug(title))
+        folder = run.path("blocks", slug(case.start))  # recipes share this phase
         params = recipe.before.run(g.fp.replace(params=params), assignment, tokens, o, folder, teacher=g.fp)
         if recipe.before.alone:
             return params
     own = {"steps": config.steps, "batch_size": config.batch_size, "lr": config.lr, "seed": config.seed}
     own |= {"warmup": 2, "loss": "kl", "log_every": 20, "keep": 1}
+    if recipe.revise is not None:
+        own |= {"revise_every": config.revise_every, "revise_fraction": config.revise_fraction}
+        own |= {"lr_groups": ((rf".*:{SHIFT}", config.code_lr),)}
     settings = TrainConfig(**recipe.defaults | own)
-    return recipe.convert(fit(run, title, recipe.prepare(params, assignment), settings, g.fp, g.packed, recipe))
+    return recipe.convert(fit(run, case.name, recipe.prepare(params, assignment), settings, g.fp, g.packed, recipe))

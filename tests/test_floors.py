@@ -1,8 +1,11 @@
 """The order of the house (docs/architecture.md): imports point down, and help needs nothing heavy."""
 
 import ast
+import builtins
+import dis
 import re
 from pathlib import Path
+from types import CodeType
 
 import pytest
 
@@ -109,3 +112,36 @@ def test_the_check_itself_can_fail():
 def test_files_are_short(path):
     """Every file is read in one sitting."""
     assert len(path.read_text().splitlines()) <= 600
+
+
+IMPLICIT = {*dir(builtins), "__annotations__", "__doc__", "__file__", "__module__", "__name__", "__qualname__"}
+
+
+def undefined(source: str) -> list[str]:
+    """Names that functions read from their module, where nothing defines them (linters cannot tell them from the
+    axes of jaxtyping's annotations)."""
+
+    def stored(code: CodeType, how: tuple[str, ...]) -> set[str]:
+        return {i.argval for i in dis.get_instructions(code) if i.opname in how}
+
+    def walk(code: CodeType, known: set[str]) -> list[str]:
+        own = stored(code, ("STORE_NAME",))
+        read = stored(code, ("LOAD_GLOBAL", "LOAD_NAME"))
+        inner = [c for c in code.co_consts if isinstance(c, CodeType)]
+        return [*sorted(read - known - own), *(name for c in inner for name in walk(c, known))]
+
+    code = compile(source, "source", "exec")
+    return walk(code, IMPLICIT | stored(code, ("STORE_NAME", "STORE_GLOBAL")))
+
+
+OTHERS = [p for name in ("experiments", "benchmarks", "tests") for p in sorted((ROOT / name).rglob("*.py"))]
+
+
+@pytest.mark.parametrize("path", FILES + OTHERS, ids=lambda p: str(p.relative_to(ROOT)))
+def test_every_name_is_defined(path):
+    assert undefined(path.read_text()) == []
+
+
+def test_an_undefined_name_is_found():
+    assert undefined("import os\ndef f(a):\n    b = a\n    return os, b, len(o.x)") == ["o"]
+    assert undefined("class A:\n    x = 1\n    y = x\ndef f():\n    return A") == []

@@ -126,7 +126,9 @@ def labelled(marks: Marks) -> list[tuple[float | int, float | int, str]]:
 
 
 def _place_labels(figure: Any, ax: Any, marks: Marks) -> None:
-    """Puts each label at the first place around its point that hits no other label, point or the frame."""
+    """Puts each label at the nearest place around its point that hits no other label, point or the frame; a thin line
+    leads to those that found none close by."""
+    from matplotlib.text import Text
     from matplotlib.transforms import Bbox
 
     renderer = figure.canvas.get_renderer()
@@ -148,16 +150,21 @@ def _place_labels(figure: Any, ax: Any, marks: Marks) -> None:
         taken.append(text.get_window_extent(renderer))
     taken += [Bbox.from_bounds(x - 1, y - 1, 2, 2) for x, y in _along(ax, frame, marks)]
     around = ((7, 0), (-7, 0), (0, 8), (0, -8), (6, 7), (-6, 7), (6, -7), (-6, -7))
-    places = [(dx * r, dy * r) for r in (1, 2, 3.2) for dx, dy in around]
+    places = [(dx * r, dy * r, r) for r in (1, 2, 3.2, 5, 7, 9, 12) for dx, dy in around]
+    leader = {"arrowstyle": "-", "color": "#aaaaaa", "linewidth": 0.6, "shrinkA": 0, "shrinkB": 3}
     named = labelled(marks)
     near = {label: box for label, box in zip(marks.points, taken) if label in named}
     for (x, y, label), own in near.items():
         best = None
-        for dx, dy in places:
+        for dx, dy, r in places:
             ha = "left" if dx > 0 else "right" if dx < 0 else "center"
             va = "bottom" if dy > 0 else "top" if dy < 0 else "center"
-            text = ax.annotate(label, (x, y), xytext=(dx, dy), textcoords="offset points", ha=ha, va=va, fontsize=8)
-            box = text.get_window_extent(renderer)
+            text = ax.annotate(
+                label, (x, y), xytext=(dx, dy), textcoords="offset points", ha=ha, va=va, fontsize=8,
+                arrowprops=leader if r > 2 else None,
+            )  # fmt: skip
+            text.update_positions(renderer)
+            box = Text.get_window_extent(text, renderer)  # without the leader
             hits = sum(box.overlaps(b) for b in taken if b is not own)
             outside = box.x0 < frame.x0 or box.x1 > frame.x1 or box.y0 < frame.y0 or box.y1 > frame.y1
             cost = hits + 2 * outside

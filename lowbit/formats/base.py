@@ -204,8 +204,7 @@ class Coded:
         return dataclasses.replace(self, params={**self.params, SHIFT: jnp.zeros(self.shape, jnp.float32)})
 
     def revised(self, fraction: float) -> Coded:
-        """The `fraction` of the tiles whose `shift` is largest encoded anew where it points to, their shift used up;
-        all else stays, the shift of other tiles too."""
+        """With the `shift` of some tiles turned into other codes (see `Format.recode`); all else stays."""
         arrays, shift = _revised(self.format, self.shape, fraction, self.arrays, self.params)
         return dataclasses.replace(self, arrays=arrays, params={**self.params, SHIFT: shift})
 
@@ -314,15 +313,37 @@ class Format:
         shift_OI: Float[Array, "O I"],
         fraction: float,
     ) -> tuple[Int[Array, "Oc Ic"], Float[Array, "O I"]]:
-        """`codes`, whose weights are `w`, with the `fraction` of the tiles whose `shift` is largest encoded at
-        `w + shift`; and the shift that is left, 0 in those tiles."""
-        norms_PQ, chosen = largest_tiles(shift_OI, self.tile, fraction)
-        mask_PQ = (
-            jnp.zeros(norms_PQ.size, bool).at[chosen].set(norms_PQ.reshape(-1)[chosen] > 0).reshape(norms_PQ.shape)
+        """`codes`, whose weights are `w`, with some tiles encoded at `w + shift`: of those whose codes are others
+        there, the ones with the largest `shift`, `fraction` of all tiles at most (one at least). And the shift that is
+        left: in those tiles what the new codes miss, elsewhere all of it."""
+        norms_PQ = rearrange(jnp.square(shift_OI), "(p o) (q i) -> p q (o i)", o=self.tile[0], i=self.tile[1]).sum(
+            axis=-1
         )
-        new = self.quantize(w_OI + shift_OI, stored)
-        new = jnp.where(spread_over(mask_PQ, codes.shape), new, codes)
-        return new, jnp.where(spread_over(mask_PQ, shift_OI.shape), 0.0, shift_OI)
+        count = max(1, round(fraction * norms_PQ.size))
+        new = self.nearest(codes, stored, w_OI + shift_OI, norms_PQ, count)
+        P, Q = norms_PQ.shape
+        other_PQ = rearrange(new != codes, "(p o) (q i) -> p q (o i)", p=P, q=Q).any(axis=-1)
+        wish = jnp.where(other_PQ, norms_PQ, 0.0).reshape(-1)
+        chosen = jax.lax.top_k(wish, count)[1]
+        mask_PQ = jnp.zeros(wish.size, bool).at[chosen].set(wish[chosen] > 0).reshape(P, Q)
+
+        def spread(shape: tuple[int, ...]) -> Array:
+            return jnp.repeat(jnp.repeat(mask_PQ, shape[0] // P, axis=0), shape[1] // Q, axis=1)
+
+        new = jnp.where(spread(codes.shape), new, codes)
+        missed = w_OI + shift_OI - self.dequantize(new, stored)
+        return new, jnp.where(spread(shift_OI.shape), missed, shift_OI)
+
+    def nearest(
+        self,
+        codes: Int[Array, "Oc Ic"],
+        stored: Params,
+        w_OI: Float[Array, "O I"],
+        norms_PQ: Float[Array, "P Q"],
+        count: int,
+    ) -> Int[Array, "Oc Ic"]:
+        """Codes of `w`, at least of the `count` tiles of largest norm; the others may stay."""
+        return self.quantize(w_OI, stored)
 
     @property
     def idempotent(self) -> bool:
@@ -495,20 +516,6 @@ def _revised(
     codes, left = fmt.recode(codes, stored, w_OI, params[SHIFT] * unit, fraction)
     packed = fmt.pack(codes, stored)
     return {k: packed[k] for k in arrays}, left / unit
-
-
-def largest_tiles(
-    shift_OI: Float[Array, "O I"], tile: tuple[int, int], fraction: float
-) -> tuple[Float[Array, "P Q"], Int[Array, " n"]]:
-    """Sums of squares of the tiles, `[O / tile[0], I / tile[1]]`, and which `fraction` of them (one at least) are the
-    largest, as indices of the flattened grid."""
-    norms_PQ = rearrange(jnp.square(shift_OI), "(p o) (q i) -> p q (o i)", o=tile[0], i=tile[1]).sum(axis=-1)
-    return norms_PQ, jax.lax.top_k(norms_PQ.reshape(-1), max(1, round(fraction * norms_PQ.size)))[1]
-
-
-def spread_over(grid: Array, shape: tuple[int, ...]) -> Array:
-    """`[P, Q]` repeated to `shape`, `[p P, q Q]`."""
-    return jnp.repeat(jnp.repeat(grid, shape[0] // grid.shape[0], axis=0), shape[1] // grid.shape[1], axis=1)
 
 
 # -- registry ---------------------------------------------------------------------------------------------------------

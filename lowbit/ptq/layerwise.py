@@ -188,7 +188,7 @@ class _Blocks:
             if r.dead:
                 note(f"{path}: {r.dead} of {w.shape[1]} input channels are 0 in all of the text; weights set to 0")
             if r.damping != self.options.damping:
-                note(f"{path}: its Hessian needed damping {r.damping:g} instead of {o.damping:g}")
+                note(f"{path}: its Hessian needed damping {r.damping:g} instead of {self.options.damping:g}")
 
     def _at(self, layer: Tree, name: str) -> Any:
         part, key = linears(self.config)[name].split(".")

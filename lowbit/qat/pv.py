@@ -2,9 +2,11 @@
 
 - P step: scales, codebooks, signs, norms by the ordinary optimizer, codes fixed.
 - V step (section 3.3): a step is small beside the distance of two code words, so the weights' own updates (the `shift`
-  of a `Coded`, which the forward pass does not see) add up by Adam, and every `revise_every` steps the
-  `revise_fraction` of the vectors with the largest ones are encoded anew there, by the format's own search: nearest
-  point, beam or Viterbi. The others keep what has added up.
+  of a `Coded`, which the forward pass does not see) add up by Adam, and every `revise_every` steps those vectors whose
+  codes are others there (by the format's own search: nearest point, beam or Viterbi) change, `revise_fraction` of all
+  at most, the largest first. They keep as shift what the new codes miss, the others all that has added up.
+
+`e2e-pv` is that, on the whole model; `pv` comes after `block-ft` (`lowbit.qat.finetune`), as the paper's start does.
 
 The paper does this for additive codebooks; here it is any format that stores something real: lattices, trellises,
 k-quants, integers. The start is what a solver gave (`lowbit quantize`, a packed model), or rounding.
@@ -18,8 +20,9 @@ from lowbit import tree as trees
 from lowbit.formats.base import SHIFT, Coded
 from lowbit.formats.fake_quant import PreparedInput
 from lowbit.qat import latents
-from lowbit.qat.base import Recipe, register
+from lowbit.qat.base import Before, Recipe, register
 from lowbit.qat.efficientqat import scales
+from lowbit.qat.finetune import blocks, continuous
 from lowbit.qat.latents import Stored
 from lowbit.tree import Tree
 
@@ -46,4 +49,5 @@ def _each(params: Tree, change: Callable[[Coded], Coded]) -> Tree:
 
 # The paper's rates: 3e-4 for what is continuous; for codes 1e-2, relative to the matrix as the paper's trust ratio is.
 DEFAULTS = {"lr": 3e-4, "scale_lr": 1.0, "lr_groups": ((rf".*:{SHIFT}", 33.0),), "b2": 0.95}
-register(Recipe("pv", prepare, latents.convert, DEFAULTS, revise=revise))
+register(Recipe("e2e-pv", prepare, latents.convert, DEFAULTS, revise=revise))
+register(Recipe("pv", prepare, latents.convert, DEFAULTS, before=Before(blocks, continuous), revise=revise))

@@ -19,13 +19,14 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 from jaxtyping import Array, Float, Int
 
 from lowbit.errors import unknown
-from lowbit.formats.base import Format, FormatError, Params, largest_tiles, register, spread_over
+from lowbit.formats.base import Format, FormatError, Params, register
 from lowbit.formats.floats import LARGEST, SMALLEST_SCALE, power_of_two, round_to
 from lowbit.formats.packing import pack, packed_size, unpack
 from lowbit.formats.reduce import order_free_mean
@@ -129,24 +130,22 @@ class TrellisFormat(Format):
         states = tail_biting(self.trellis, self.table(stored), x_ZNV, around=AROUND)
         return rearrange(inputs_of(self.trellis, states)[:, ::-1], "(r c) n -> r (c n)", r=w_OI.shape[0] // SIDE)
 
-    def recode(
+    def nearest(
         self,
         codes: Int[Array, "R N"],
         stored: Params,
         w_OI: Float[Array, "O I"],
-        shift_OI: Float[Array, "O I"],
-        fraction: float,
-    ) -> tuple[Int[Array, "R N"], Float[Array, "O I"]]:
-        """As any format's, but a path is searched for the chosen tiles alone."""
-        norms_PQ, chosen = largest_tiles(shift_OI, self.tile, fraction)
-        moves = norms_PQ.reshape(-1)[chosen] > 0
-        x_ZNV = self.paths((w_OI + shift_OI) / stored["scale"])[chosen]
+        norms_PQ: Float[Array, "P Q"],
+        count: int,
+    ) -> Int[Array, "R N"]:
+        """As any format's, but a path is searched for the tiles of largest norm alone."""
+        tiles = jax.lax.top_k(norms_PQ.reshape(-1), count)[1]
+        x_ZNV = self.paths(w_OI / stored["scale"])[tiles]
         new = inputs_of(self.trellis, tail_biting(self.trellis, self.table(stored), x_ZNV, around=AROUND))[:, ::-1]
         old = rearrange(codes, "r (c n) -> (r c) n", n=T // self.V)
-        new = old.at[chosen].set(jnp.where(moves[:, None], new, old[chosen]))
-        mask_PQ = jnp.zeros(norms_PQ.size, bool).at[chosen].set(moves).reshape(norms_PQ.shape)
-        left = jnp.where(spread_over(mask_PQ, shift_OI.shape), 0.0, shift_OI)
-        return rearrange(new, "(r c) n -> r (c n)", r=codes.shape[0]), left
+        moves = norms_PQ.reshape(-1)[tiles] > 0  # the best path found for what is on the grid may be another one
+        new = old.at[tiles].set(jnp.where(moves[:, None], new, old[tiles]))
+        return rearrange(new, "(r c) n -> r (c n)", r=codes.shape[0])
 
     def dequantize(self, codes_RN: Int[Array, "R N"], stored: Params) -> Float[Array, "O I"]:
         return self._levels(codes_RN, stored) * stored["scale"]

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from battery import SHAPE, same_bits, same_tree
-from registry import MOST, NAMES, REST, W, X, by_operation, encoded, every, most, over
+from registry import MOST, NAMES, REST, SPARE, W, X, by_operation, encoded, every, most, over
 
 from lowbit.export import gguf_types, translate
 from lowbit.formats import base
@@ -288,14 +288,14 @@ def test_shape_law(name: str):
     "names",
     [
         pytest.param(MOST, id="most"),
-        pytest.param(REST, id="rest", marks=pytest.mark.slow),
+        pytest.param([n for n in REST if n not in SPARE], id="rest", marks=pytest.mark.slow),
     ],
 )
 def test_mesh(names: list[str]):
     """Decoding, and fitting scales, on 8 devices gives the bits of one device (in a process of its own)."""
     env = dict(os.environ, XLA_FLAGS="--xla_force_host_platform_device_count=8", JAX_PLATFORMS="cpu")
     program = Path(__file__).with_name("mesh_program.py")
-    done = subprocess.run([sys.executable, str(program), *names], env=env, capture_output=True, text=True, timeout=600)
+    done = subprocess.run([sys.executable, str(program), *names], env=env, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.split() == names
 
