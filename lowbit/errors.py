@@ -20,4 +20,4 @@ def unknown(kind: str, value: object, allowed: Iterable[str]) -> InputError:
     names = sorted(map(str, allowed))
     near = difflib.get_close_matches(str(value), names, n=1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
-    return InputError(f"unknown {kind} {value!r}{hint} (allowed: {', '.join(names)})")
+    return InputError(f"unknown {kind} {value!r}{hint} (allowed: {', '.join(names) or 'none'})")

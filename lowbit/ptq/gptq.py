@@ -96,7 +96,7 @@ def gptq(
 
 def _rotated(fmt: Incoherent, w_OI: Array, H_II: Any, dead: int, options: dict[str, Any]) -> Solved:
     """The weight solved by the inner format behind its rotations."""
-    own = fmt.signs(w_OI.shape)
+    own = fmt.signs(jnp.asarray(w_OI))
     r = gptq(_enter(fmt, w_OI, own), fmt.hessian(H_II, own), fmt.inner, **options)
     q = QTensor(_wrap(fmt, r.q.arrays, own), fmt, r.q.shape, "float32")
     return r._replace(q=q, w_hat_OI=q.decode(), dead=dead)

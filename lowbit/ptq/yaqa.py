@@ -86,7 +86,7 @@ def yaqa(
     dead = np.diagonal(H_II) == 0
     w = jnp.where(jnp.asarray(dead), 0.0, w)
     if isinstance(fmt, Incoherent):
-        own = fmt.signs(w.shape)
+        own = fmt.signs(w)
         rotated = Sketch(fmt.hessian(H_II, own), fmt.output_hessian(H_OO, own))
         r = yaqa(jax.jit(fmt.enter)(w, own), rotated, fmt.inner, damping=damping, name=name)
         q = QTensor(jax.jit(fmt.wrap)(r.q.arrays, own), fmt, (O, I), "float32")

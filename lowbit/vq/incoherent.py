@@ -8,6 +8,7 @@ back. QuIP# (arXiv 2402.04396) and QTIP (2406.11235) transform the full width, E
 | `dct`, `blocks` | what takes the place of a Hadamard matrix where none of the order is known (`hadamard.transform`) |
 | `blocks` of `rht128` | smaller blocks where 128 does not divide: the largest power of two that does |
 | `f16` | the sign vectors are kept as fp16 and trained, as scales of the rows and columns; otherwise one bit a sign |
+| `rows` | as `f16`, and the outputs' signs begin as each row's RMS: rotation then spreads relative errors over the rows, not absolute ones (EXL3 scales outputs likewise) |
 | `seedN` | another draw of the signs |
 """
 
@@ -46,12 +47,13 @@ class Incoherent(Format):
     block: int | None = None
     fallback: str = "refuse"
     trained: bool = False  # whether the sign vectors are fp16
+    balanced: bool = False  # whether those of the outputs begin as the rows' RMS
     seed: int = 0
 
     @property
     def name(self) -> str:
         keys = [] if self.fallback == "refuse" else [self.fallback]
-        keys += ["f16"] * self.trained + ([f"seed{self.seed}"] if self.seed else [])
+        keys += ["rows" if self.balanced else "f16"] * self.trained + ([f"seed{self.seed}"] if self.seed else [])
         return ":".join(["rht" if self.block is None else f"rht{self.block}", *keys, self.inner.name])
 
     @property
@@ -85,10 +87,15 @@ class Incoherent(Format):
         """The transforms for a weight of this shape."""
         return incoherence((shape[0], shape[1]), self.block, self.fallback)
 
-    def signs(self, shape: tuple[int, ...], key: Any = None) -> Params:
-        """The random sign vectors of a weight of this shape; drawn from `key` instead of the seed if there is one."""
-        su, sv = signs(shape[1], "in", self.seed, key), signs(shape[0], "out", self.seed, key)
-        return {"su": jnp.asarray(su)[None], "sv": jnp.asarray(sv)[:, None]}
+    def signs(self, w_OI: Float[Array, "O I"], key: Any = None) -> Params:
+        """The random sign vectors of a weight, as stored; drawn from `key` instead of the seed if there is one."""
+        O, I = w_OI.shape
+        su, sv = jnp.asarray(signs(I, "in", self.seed, key))[None], jnp.asarray(signs(O, "out", self.seed, key))[:, None]
+        if self.balanced:
+            size_O1 = jnp.sqrt(jnp.mean(jnp.square(w_OI.astype(jnp.float32)), axis=1, keepdims=True))
+            # A row of zeros is divided by what does not make it NaN; one far below the others is not blown up.
+            sv *= jnp.maximum(size_O1, jnp.maximum(np.float32(1e-3) * jnp.max(size_O1), SMALLEST_SCALE["fp16"]))
+        return self.stored_signs({"su": su, "sv": sv})
 
     def enter(self, w_OI: Float[Array, "O I"], params: Params) -> Float[Array, "O I"]:
         """The weight as the inner format sees it."""
@@ -121,7 +128,7 @@ class Incoherent(Format):
     def init(self, w_OI: Float[Array, "O I"], stats: Any = None, key: Any = None) -> Params:
         """Signs, and the inner parameters fitted to the rotated weight; importances of columns (`stats`) say nothing
         about rotated ones and are not used."""
-        own = self.signs(w_OI.shape, key)
+        own = self.signs(w_OI, key)
         return {**self.inner.init(self.enter(w_OI, own)), **own}
 
     def stored(self, params: Params) -> Params:
@@ -202,16 +209,17 @@ def _inner(params: Params) -> Params:
 def _parser(family: str, block: int | None):
     def parse(keys: list[str]) -> Format:
         found: dict[str, Any] = {}
-        while keys and (m := re.fullmatch(r"(dct|blocks)|(f16)|seed(\d+)", keys[0])):
+        while keys and (m := re.fullmatch(r"(dct|blocks)|(f16|rows)|seed(\d+)", keys[0])):
             kind = ("fallback", "trained", "seed")[m.lastindex - 1]
             if kind in found:
                 raise FormatError(f"{family}: key {keys[0]!r} gives a second {kind} (allowed: one)")
             found[kind] = keys[0] if kind == "fallback" else kind == "trained" or int(m[3])
+            found |= {"balanced": True} if m[2] == "rows" else {}
             keys = keys[1:]
         if not keys:
             raise FormatError(f"{family} without an inner format (allowed: {family}:INNER, such as {family}:int2:g64)")
         if block is not None and found.get("fallback") == "dct":
-            raise FormatError(str(unknown(f"key of {family}", "dct", ["blocks", "f16", "seed1"])))
+            raise FormatError(str(unknown(f"key of {family}", "dct", ["blocks", "f16", "rows", "seed1"])))
         inner = get(":".join(keys))
         if isinstance(inner, Incoherent):
             raise FormatError(f"{family} around {inner.name!r} (allowed: a format that is not rotated already)")
@@ -221,7 +229,7 @@ def _parser(family: str, block: int | None):
 
 
 for _family, _block, _names in (
-    ("rht", None, ["rht:int2:g64", "rht:f16:int4:g64:clip", "rht:ternary:channel"]),
+    ("rht", None, ["rht:int2:g64", "rht:f16:int4:g64:clip", "rht:rows:ternary:channel"]),
     ("rht128", 128, ["rht128:blocks:int2:channel:midrise"]),
 ):
     register(_family, _parser(_family, _block), _names)

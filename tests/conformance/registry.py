@@ -22,7 +22,7 @@ int2:g64 int2:g64:mse int3:g64 ternary:channel ternary:g64:lsq ternary:tensor:f3
 q2_0:mse q5_0:mse:clip q2_k q2_k:absmax:lsq q3_k q4_k:lsq q5_k q5_k:absmax:rounded q6_k mxfp4:lsq nf2 nf4
 aqlm:1x8:g8 aqlm:3x3:g4 vptq:v4:k16 vptq:v4:k16:r32 vptq:v4:k16:s gptvq:v1:k4:c64:n4 nuq1 nuq3 nuq4
 e8p3:rho0.98:r2.04 trellis2:1mad:l10 trellis4:latin:l10
-rht:ternary:channel rht128:blocks:int2:channel:midrise""".split()
+rht:rows:ternary:channel rht128:blocks:int2:channel:midrise""".split()
 # The laws that compile large programs run over one format of each code path by default.
 MOST = """bf16 int1:g64 int2:g64:midrise:mse:paretoq ternary:channel:paretoq
 int2:tensor:asym:mse int3:g64:asym:rounded int4:g64 int4:g64:clip:bf16 ternary:tensor

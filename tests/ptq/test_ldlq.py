@@ -93,7 +93,7 @@ def test_sweeps_are_coordinate_descent(fmt):
 @pytest.mark.parametrize("inner", [formats.get("int2:g16"), Tiles()], ids=lambda f: f.name)
 def test_rotated_formats_are_solved_in_their_space(inner):
     fmt = Incoherent(inner=inner)
-    own = fmt.signs(W.shape)
+    own = fmt.signs(jnp.asarray(W))
     r = gptq(W, H, fmt, sweeps=1)
     alone = gptq(jax.jit(fmt.enter)(W, own), fmt.hessian(jnp.asarray(H), own), inner, sweeps=1)
     for k, a in alone.q.arrays.items():
