@@ -10,6 +10,7 @@ codes take turns in making `tr((W - W_hat) H (W - W_hat)^T)` smaller, until one 
 - **codebooks** by conjugate gradients (`lowbit.ptq.refit`) and scales in closed form; the paper takes 100 Adam steps.
 
 The error never rises: the current code is among those compared, and a refit that gains nothing is dropped.
+A search takes a fixed number of states at a time, so its memory is bounded whatever the weight (`sweep`).
 What the paper does besides, fine-tuning each block, is training (`docs/vq_codebooks.md`).
 """
 
@@ -33,7 +34,7 @@ from lowbit.ptq.weighing import feedback, finished, weighed
 from lowbit.vq import kmeans
 from lowbit.vq.additive import Additive
 
-BLOCK = 128  # columns between updates of the rest
+BLOCK = 128  # columns whose pull is computed together
 STATES = 256  # that are searched at a time; twice and half as many are slower, out of the caches and in short loops
 SPACE = 128 << 20  # bytes that a search may hold
 
