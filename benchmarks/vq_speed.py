@@ -48,7 +48,7 @@ sys.modules["lib.utils.kernel_decompress"].decode_compressed = None
 sys.modules["lib.utils.matmul_had"].matmul_hadU_cuda = sys.modules["lib.utils.matmul_had"].matmul_hadUt_cuda = None
 if sys.argv[3] == "eager":
     torch.compile = lambda f: f
-torch.set_num_threads(2)
+torch.set_num_threads(int(sys.argv[4]))
 book = importlib.import_module("lib.codebook.bitshift").bitshift_codebook(L=16, K=2, V=1, decode_mode="3inst")
 x = torch.tensor(np.load(sys.argv[2]))
 seconds = []
@@ -108,9 +108,9 @@ def viterbi_peer(args: argparse.Namespace, x_ZT: np.ndarray) -> dict[str, Any] |
         with tempfile.TemporaryDirectory() as tmp:
             file = Path(tmp) / "x.npy"
             np.save(file, x_ZT)
-            row = run(args, f"QTIP, {how}", "-c", PEER, at[0], str(file), how)
+            row = run(args, f"QTIP, {how}", "-c", PEER, at[0], str(file), how, str(args.peer_threads))
         if row is not None:
-            return {**row, "how": how, "commit": at[1]}
+            return {**row, "how": how, "threads": args.peer_threads, "commit": at[1]}
     return None
 
 
@@ -222,7 +222,7 @@ def main() -> None:
     parser.add_argument("--peer-path", nargs="+", default=[], help="checkouts of QTIP and AQLM, in any order")
     parser.add_argument("--peer-python", default=sys.executable)
     parser.add_argument("--peer-commit", nargs="+", default=[], help="of copies without their history, in that order")
-    parser.add_argument("--peer-threads", type=int, default=1, help="of AQLM's; two burn CPU in waiting")
+    parser.add_argument("--peer-threads", type=int, default=1, help="of torch; two burn CPU in waiting")
     parser.add_argument("--require-peer", action="store_true")
     parser.add_argument("--only", nargs="+", choices=list(FILES), default=list(FILES))
     parser.add_argument("--quick", action="store_true", help="16 tiles, 16 rows and a beam of 1, unless given")
