@@ -6,7 +6,8 @@
   codes and XtX, groups in the same order, against AQLM's (`src/beam_search_xtx.py`, scripted by torch as it ships). Run
   for each beam of `--beam`; the loss is the squared error of the outputs relative to theirs, in float64 from the codes.
 
-A sample of tiles or rows is timed and a 4096 x 4096 matrix extrapolated. CPU and wall seconds; compilation apart.
+A sample of tiles or rows is timed and a 4096 x 4096 matrix extrapolated. CPU and wall seconds, peers on one thread (two
+wait for each other beside other work, which counts as CPU); compilation apart.
 
     git clone https://github.com/Cornell-RelaxML/qtip QTIP
     git clone https://github.com/Vahe1994/AQLM AQLM
