@@ -115,7 +115,7 @@ def peer(args: argparse.Namespace, w: np.ndarray, ours: dict[str, Any]) -> dict[
             f"{folder}/input.npz",
             x=x,
             codes=np.asarray(lattice.nearest(jnp.asarray(x))),
-            threads=os.cpu_count() or 1,
+            threads=1,  # more burn CPU in waiting, beside other work
             grid_part=part,
             grid_part_norm=np.sum(part**2, axis=1),
             part_abs_map=np.array([index[tuple(np.abs(v))] for v in part.tolist()]),

@@ -21,6 +21,7 @@ Codes are int32 `[O, I / 8]`: the first stage in the lower 16 bits, in QuIP#'s o
 import dataclasses
 import re
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import jax
@@ -39,6 +40,7 @@ from lowbit.vq.lattice import D
 
 RHO = {2: 1.03, 3: 1.0, 4: 0.89}
 RESIDUAL = {3: 1.84, 4: 3.75}
+PART = 1 << 18  # weights whose nearest points are searched together: a search takes up to 30 bytes for each
 SEARCH = tuple(float(np.float32(2.0 ** (k / 8))) for k in range(-6, 7))  # times the scale of `rms(w) / rho`
 
 
@@ -109,6 +111,10 @@ class E8P(Format):
         return {"scale": jnp.maximum(params["scale"], np.float32(SMALLEST_SCALE["f32"]))}
 
     def quantize(self, w_OI: Float[Array, "O I"], stored: Params) -> Int[Array, "O G"]:
+        """Besides its result it holds 30 bytes for each of `PART` weights, or of one row if that is longer."""
+        return (self._codes if w_OI.size <= PART else partial(_in_parts, self))(w_OI, stored)
+
+    def _codes(self, w_OI: Float[Array, "O I"], stored: Params) -> Int[Array, "O G"]:
         # Cut: XLA makes a product of a division by one number, and LLVM merges it with the subtraction that follows.
         x = rearrange(cut(w_OI / stored["scale"]), "o (g d) -> o g d", d=D)
         if self.width == 2:
@@ -160,6 +166,22 @@ class E8P(Format):
         far = jnp.sum(jnp.square(rearrange(level - ratio, "o (g d) -> o g d", d=D)), axis=-1) > self.radius**2
         each = level - jnp.where(jnp.repeat(far, D, axis=1), 0.0, ratio)
         return g_OI, {"scale": jnp.sum(g_OI * each, keepdims=True)}
+
+
+@partial(jax.jit, static_argnums=0)
+def _in_parts(fmt: E8P, w_OI: Float[Array, "O I"], stored: Params) -> Int[Array, "O G"]:
+    """`_codes` of every n-th row, n times: a mesh that splits the rows splits those of each time."""
+    O, I = w_OI.shape
+    least = min(O, -(-O * I // PART))
+    n = next(n for n in range(least, O + 1) if O % n == 0)
+    w = rearrange(w_OI, "(r n) i -> r n i", n=n)
+
+    def part(k: Array, codes: Array) -> Array:
+        own = fmt._codes(jax.lax.dynamic_index_in_dim(w, k, axis=1, keepdims=False), stored)
+        return jax.lax.dynamic_update_index_in_dim(codes, own, k, axis=1)
+
+    codes = jax.lax.fori_loop(0, n, part, jnp.zeros((O // n, n, I // D), jnp.int32))
+    return rearrange(codes, "r n g -> (r n) g")
 
 
 def _mean(x_OI: Float[Array, "O I"]) -> Float[Array, "1 1"]:

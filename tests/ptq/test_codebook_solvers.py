@@ -50,16 +50,17 @@ def test_aqlm_is_the_same_again():
     [("aqlm:2x3:g4", 3), *(pytest.param(*c, marks=pytest.mark.slow) for c in (("aqlm:2x3:g4", 1), ("aqlm:3x2:g2", 2)))],
 )
 def test_the_searchs_error_is_the_error_after_every_block_of_moves(name, beam):
-    """Every state's, recomputed from its codes in float64; and its `pull` is `(x - y) H`."""
+    """Every state's, recomputed from its codes in float64; and `moved` is how far its code vectors' sums went."""
     fmt, w, h = formats.get(name), weight(8, 64), correlated(64)
     q = rtn.encode(fmt, w)
     codes, stored = q.codes()
     state = jax.jit(A.start_of, static_argnums=(0, 1))(fmt, beam, w, h, codes, stored)
     books, step = stored["codebook"][:, 0], jax.jit(A.search_block)
     G, x = 64 // fmt.size, w / np.asarray(stored["scale"])
-    first = np.asarray(state.error)[0]
-    for groups in np.random.default_rng(0).permutation(G).reshape(-1, 1):
-        state = step(state, books, h, jnp.asarray(groups, jnp.int32))
+    first, y_0 = np.asarray(state.error)[0], np.asarray(q.decode()) / np.asarray(stored["scale"])
+    order = jnp.asarray(np.random.default_rng(0).permutation(G).reshape(-1, 1), jnp.int32)
+    for i in range(G):
+        state = step(state, books, h, order, jnp.int32(i))
         for s in range(beam):
             c = np.asarray(state.codes)[:, :, s]  # [G, M, O]
             if not np.isfinite(np.asarray(state.error)[s]).all():
@@ -67,12 +68,39 @@ def test_the_searchs_error_is_the_error_after_every_block_of_moves(name, beam):
             y = sum(np.asarray(books, np.float64)[m][c[:, m]] for m in range(fmt.number))  # [G, O, d]
             d = x - y.transpose(1, 0, 2).reshape(8, 64)
             np.testing.assert_allclose(np.asarray(state.error)[s], np.sum(d @ h * d, axis=1), rtol=1e-3)
-            np.testing.assert_allclose(np.asarray(state.pull)[:, s].T, d @ h, atol=1e-3 * np.abs(d @ h).max())
+            np.testing.assert_allclose(np.asarray(state.moved)[:, s].T, x - d - y_0, atol=1e-5)
     last = np.asarray(state.error)
     assert (last[0] < first).all() and (np.diff(last, axis=0) >= 0).all()
     if beam > 1:
         flat = np.asarray(state.codes).transpose(2, 3, 0, 1).reshape(beam, 8, -1)
         assert all(len({tuple(flat[s, o]) for s in range(beam)}) == beam for o in range(8))  # no state twice
+
+
+@pytest.mark.parametrize("beam", [pytest.param(1, marks=pytest.mark.slow), 3])
+def test_rows_searched_apart_get_the_same_codes(beam, monkeypatch):
+    """Rows are independent: eleven at once, or four at a time."""
+    fmt, w, h = formats.get("aqlm:2x3:g4"), jnp.asarray(weight(11, 32)), jnp.asarray(correlated(32))
+    codes, stored = rtn.encode(fmt, w).codes()
+    order = A.order_of(fmt, codes.shape[1], np.random.default_rng(0))
+    want, error = A.sweep(fmt, beam, w, h, codes, stored, order)
+    monkeypatch.setattr(A, "rows_at_once", lambda *a: 4)
+    got, other = jax.jit(A.sweep.__wrapped__, static_argnums=(0, 1))(fmt, beam, w, h, codes, stored, order)
+    np.testing.assert_array_equal(got, want)
+    assert float(other) == pytest.approx(float(error), rel=1e-5)
+    exact = quadratic_error(w, fmt.dequantize(got, stored), np.asarray(h))
+    assert float(other) == pytest.approx(exact, rel=1e-4)
+
+
+def test_a_search_holds_no_more_than_it_says():
+    """XLA's temporary buffers: below the bound where the weight is twice that, and where one row's scores are large."""
+    for name, beam, O, I in (("aqlm:1x8:g8", 1, 70001, 1024), ("aqlm:1x16:g8", 8, 1024, 1024)):
+        fmt = formats.get(name)
+        shapes = (O, I), (I, I), (fmt.number, 1, 2**fmt.bits, fmt.size), (O, 1)
+        w, h, book, scale = (jax.ShapeDtypeStruct(s, jnp.float32) for s in shapes)
+        codes = jax.ShapeDtypeStruct((O, I // fmt.size * fmt.number), jnp.int32)
+        order = A.order_of(fmt, codes.shape[1], np.random.default_rng(0))
+        program = A.sweep.lower(fmt, beam, w, h, codes, {"codebook": book, "scale": scale}, order).compile()
+        assert program.memory_analysis().temp_size_in_bytes < A.SPACE
 
 
 def test_a_beam_as_wide_as_all_codes_finds_the_best_ones():

@@ -152,6 +152,17 @@ def test_a_searched_scale_is_better_on_heavy_tails_and_no_worse_on_normal_weight
     assert error("e8p2:mse", normal()[:, :256]) <= error("e8p2", normal()[:, :256])
 
 
+@pytest.mark.parametrize("name", ["e8p2", *(pytest.param(n, marks=pytest.mark.slow) for n in ("e8p3", "e8p4"))])
+def test_searching_in_parts_changes_nothing_and_bounds_memory(name: str, monkeypatch):
+    fmt, w = base.get(name), normal()[:, :128]
+    stored = fmt.stored(fmt.init(w))
+    shapes = jax.ShapeDtypeStruct((4096, 1024), jnp.float32), {"scale": jax.ShapeDtypeStruct((1, 1), jnp.float32)}
+    held = jax.jit(fmt.quantize).lower(*shapes).compile().memory_analysis()
+    assert held.temp_size_in_bytes < 30 * e8.PART < 4096 * 1024 * 4
+    monkeypatch.setattr(e8, "PART", 16 * 128)  # 64 rows in 4 parts
+    np.testing.assert_array_equal(fmt.quantize(w, stored), jax.jit(fmt._codes)(w, stored))
+
+
 def test_gradients():
     """Everything passes to the weights; the scale's is the level, less w / scale where the codebook's end is not what
     stops a vector."""
