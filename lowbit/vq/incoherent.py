@@ -8,7 +8,7 @@ back. QuIP# (arXiv 2402.04396) and QTIP (2406.11235) transform the full width, E
 | `dct`, `blocks` | what takes the place of a Hadamard matrix where none of the order is known (`hadamard.transform`) |
 | `blocks` of `rht128` | smaller blocks where 128 does not divide: the largest power of two that does |
 | `f16` | the sign vectors are kept as fp16 and trained, as scales of the rows and columns; otherwise one bit a sign |
-| `rows` | as `f16`, and the outputs' signs begin as each row's RMS: rotation then spreads relative errors over the rows, not absolute ones (EXL3 scales outputs likewise) |
+| `rows` | as `f16`, and those of the outputs begin as each row's RMS: all rows then have errors in proportion |
 | `seedN` | another draw of the signs |
 """
 
@@ -90,7 +90,8 @@ class Incoherent(Format):
     def signs(self, w_OI: Float[Array, "O I"], key: Any = None) -> Params:
         """The random sign vectors of a weight, as stored; drawn from `key` instead of the seed if there is one."""
         O, I = w_OI.shape
-        su, sv = jnp.asarray(signs(I, "in", self.seed, key))[None], jnp.asarray(signs(O, "out", self.seed, key))[:, None]
+        su = jnp.asarray(signs(I, "in", self.seed, key))[None]
+        sv = jnp.asarray(signs(O, "out", self.seed, key))[:, None]
         if self.balanced:
             size_O1 = jnp.sqrt(jnp.mean(jnp.square(w_OI.astype(jnp.float32)), axis=1, keepdims=True))
             # A row of zeros is divided by what does not make it NaN; one far below the others is not blown up.
