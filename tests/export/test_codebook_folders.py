@@ -4,12 +4,12 @@ import json
 
 import numpy as np
 import pytest
+from lowbit.export.aqlm import export_aqlm
+from lowbit.export.vptq import export_vptq
 from safetensors.numpy import load_file
 
 from lowbit import tree as trees
 from lowbit.errors import InputError
-from lowbit.export.aqlm import export_aqlm
-from lowbit.export.vptq import export_vptq
 from lowbit.formats.base import QTensor
 from lowbit.plan import Plan, Rule
 from lowbit.ptq import rtn

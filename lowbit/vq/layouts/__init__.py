@@ -1,0 +1,31 @@
+"""How other runtimes store the weights of formats of vectors: one file for each, `LAYOUTS` by name.
+
+They know arrays and `config.json`, not models: `lowbit.models.hf` reads folders through them, `lowbit.export.layouts`
+writes them.
+"""
+
+from typing import Any
+
+from lowbit.errors import InputError
+from lowbit.vq.layouts.aqlm import Aqlm
+from lowbit.vq.layouts.base import Entry, Layout, Written
+from lowbit.vq.layouts.exl3 import Exl3
+from lowbit.vq.layouts.qtip import Qtip
+from lowbit.vq.layouts.quip import Quip
+from lowbit.vq.layouts.vptq import Vptq
+
+LAYOUTS: dict[str, Layout] = {layout.name: layout for layout in (Aqlm(), Vptq(), Exl3(), Quip(), Qtip())}
+
+
+def method_of(raw: dict[str, Any]) -> str | None:
+    """Which layout a `config.json` says the folder has: a name of `LAYOUTS`, what else `quant_method` says, or None.
+    QuIP# and QTIP have `quip_params` instead, told apart by what only QTIP's have."""
+    if "quip_params" in raw:
+        if not isinstance(raw["quip_params"], dict):
+            raise InputError(f"config.json: quip_params is {raw['quip_params']!r} (allowed: an object)")
+        return "qtip" if "decode_mode" in raw["quip_params"] else "quip"
+    quant = raw.get("quantization_config")
+    return quant.get("quant_method") if isinstance(quant, dict) else quant
+
+
+__all__ = ["LAYOUTS", "Entry", "Layout", "Written", "method_of"]
