@@ -45,16 +45,16 @@ def check_closed(states_ZN: States, width: int, L: int) -> None:
         raise FormatError(f"states of tile {tile} do not follow one another at step {step} (allowed: closed paths)")
 
 
-def states_of_codes(codes_RN: Integer[np.ndarray, "R N"], width: int, L: int, steps: int) -> States:
+def states_of_codes(codes_RC: Integer[np.ndarray, "R C"], width: int, L: int, steps: int) -> States:
     """States of the tiles' paths, row by row, from a format's codes (of whole rates; `steps` in a tile)."""
-    bits = codes_RN.reshape(-1, steps)[:, ::-1].astype(np.int64)
+    bits = codes_RC.reshape(-1, steps)[:, ::-1].astype(np.int64)
     states = np.zeros_like(bits)
     for back in range(-(-L // width)):  # a window ends with the step's own bits
         states |= np.roll(bits, back, axis=1) << (back * width)
     return (states & ((1 << L) - 1)).astype(np.int32)
 
 
-def codes_of_states(states_ZN: States, width: int, rows: int) -> Integer[np.ndarray, "R N"]:
+def codes_of_states(states_ZN: States, width: int, rows: int) -> Integer[np.ndarray, "R C"]:
     """Inverse of `states_of_codes`; `rows` of tiles."""
     return (states_ZN & ((1 << width) - 1))[:, ::-1].reshape(rows, -1)
 

@@ -1,4 +1,4 @@
-"""Tiny models whose linears hold random codes of a format: nothing is searched, so any rate and trellis costs nothing."""
+"""Tiny models whose linears hold random codes of a format: nothing is searched, so any rate costs nothing."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -59,9 +59,8 @@ def coded_model(format: str, others: dict[str, str] | None = None, **changes) ->
     model = byte_model(**sizes | changes)
     flat = dict(trees.items(model.params))
     for i, (path, w) in enumerate(flat.items()):
-        name = next(
-            (f for end, f in (others or {}).items() if path.endswith(end)), format if ".layers." in path else ""
-        )
+        name = format if ".layers." in path else ""
+        name = next((f for end, f in (others or {}).items() if path.endswith(end)), name)
         if w.ndim == 2 and name:
             flat[path] = weight(formats.get(name), w.shape, i)
     return model.replace(params=trees.build(flat))
