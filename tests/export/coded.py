@@ -10,6 +10,7 @@ from lowbit.models.model import Model
 from lowbit.vq.additive import Additive
 from lowbit.vq.e8 import E8P
 from lowbit.vq.incoherent import Incoherent
+from lowbit.vq.layouts.base import pack
 from lowbit.vq.trellis import TrellisFormat
 from tests.export.small_models import byte_model
 
@@ -47,15 +48,15 @@ def weight(fmt: Format, shape: tuple[int, int], seed: int) -> QTensor:
         stored |= {"residual": half(1, 1, inner.rest, inner.size)} if inner.rest else {}
         stored |= {"scale": np.abs(half(1, I)) + 0.5} if inner.column_scale else {}
     codes = jnp.asarray(codes.astype(np.uint32).view(np.int32))
-    arrays = inner.pack(codes, {k: jnp.asarray(a, jnp.float32) for k, a in stored.items()})
+    arrays = pack(inner, codes, {k: jnp.asarray(a, jnp.float32) for k, a in stored.items()})
     signs = {k: jnp.asarray(a, jnp.float32) for k, a in signs.items()}
     return QTensor(fmt.wrap(arrays, signs) if signs else arrays, fmt, shape)
 
 
 def coded_model(format: str, others: dict[str, str] | None = None, **changes) -> Model:
-    """One layer of width 128 (between 256), one key head of 64, with every linear in `format`; `others` by the end of
+    """One layer of width 128 (between 256), two heads of 64, with every linear in `format`; `others` by the end of
     the path: another format, or "" for a float weight."""
-    sizes = dict(hidden_size=128, intermediate_size=256, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=64)
+    sizes = dict(hidden_size=128, intermediate_size=256, num_layers=1, num_heads=2, num_kv_heads=2, head_dim=64)
     model = byte_model(**sizes | changes)
     flat = dict(trees.items(model.params))
     for i, (path, w) in enumerate(flat.items()):

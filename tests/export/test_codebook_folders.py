@@ -12,7 +12,6 @@ from safetensors.numpy import load_file, save_file
 from lowbit import tree as trees
 from lowbit.cli import main
 from lowbit.errors import InputError
-from lowbit.export.api import export
 from lowbit.export.layouts import export_layout
 from lowbit.formats import base as formats
 from lowbit.formats.base import QTensor, unpacked
@@ -27,17 +26,13 @@ from tests.export.coded import SCALE, coded_model, weight
 FORMATS = {
     "aqlm": "aqlm:2x4:g4",
     "vptq": "vptq:v4:k32:r8:s",
-    "exl3": "rht128:trellis2:mcg",
-    "quip": "rht:e8p3",
-    "qtip": "rht:trellis2:hyb:qtip",
+    "exl3": "rht128:f16:trellis2:mcg",
+    "quip": "rht:f16:e8p3",
+    "qtip": "rht:f16:trellis2:hyb:qtip",
 }
 Q, DOWN = "model.layers.0.self_attn.q_proj", "model.layers.0.mlp.down_proj"
 # What the transform's float32 may do to a weight, and what fp16 vectors may (docs/export.md), of the largest weight.
 EXACT, HALF = 2.0**-19, 2.0**-11
-
-
-def model_for(target: str, format: str | None = None, others: dict[str, str] | None = None):
-    return coded_model(format or FORMATS[target], others, **({"num_kv_heads": 2} if target == "exl3" else {}))
 
 
 def read(target: str, folder, path: str, shape):
@@ -61,7 +56,7 @@ def written(tmp_path_factory):
     def get(target: str, capsys):
         if target not in found:
             here = tmp_path_factory.mktemp(target)
-            model = model_for(target)
+            model = coded_model(FORMATS[target])
             save_hf(model, here / "m", None, packed=True)
             capsys.readouterr()
             code = main(["export", str(here / "m"), "--to", target, "--out", str(here / "out"), "--json"])
@@ -83,7 +78,7 @@ def test_the_command_writes_what_an_independent_reader_reads(target, written, ca
     kinds = stored_kinds(folder)
     for path, leaf in flat.items():
         if isinstance(leaf, QTensor):
-            assert kinds[path].name.replace(":f16", "") == FORMATS[target]
+            assert kinds[path].name == FORMATS[target]
         else:
             name = path if path.endswith(".bias") else f"{path}.weight"
             np.testing.assert_array_equal(tensors[name], np.asarray(leaf).astype(np.float16))
@@ -93,10 +88,9 @@ def test_the_command_writes_what_an_independent_reader_reads(target, written, ca
         if rotated is None:
             np.testing.assert_array_equal(dense.astype(np.float32), ours)
             continue
-        unit = {"1mad": 147.800537109375}.get(getattr(flat[path].format.inner, "code", ""), 1.0)
-        np.testing.assert_array_equal((rotated * unit).astype(np.float32), level(flat[path]))
-        assert np.abs(dense - ours).max() <= EXACT * np.abs(ours).max()
-    assert (Q in report["rounded"]) == (target == "exl3")  # no two fp16 numbers have that scale
+        np.testing.assert_array_equal(rotated.astype(np.float32), level(flat[path]))
+        assert np.abs(dense - ours).max() <= (HALF if target == "exl3" else EXACT) * np.abs(ours).max()
+    assert (Q in report["rounded"]) == (target == "exl3")  # its vectors, times the scale, are fp16
 
 
 def test_exl3_describes_its_tensors(written, capsys):
@@ -273,10 +267,10 @@ VARIANTS = [
     ("vptq", "vptq:v8:k64", (64, 96), 0),
     ("exl3", "rht128:trellis1:3inst", (128, 128), EXACT),
     ("exl3", "rht128:trellis8:mul1", (128, 256), EXACT),
-    ("exl3", "rht128:f16:trellis3:mcg", (256, 128), HALF),
+    ("exl3", "rht128:trellis3:mcg", (256, 128), EXACT),
     ("quip", "rht:e8p2", (64, 128), EXACT),
     ("quip", "rht:f16:e8p4:rho1.03:r3.45", (32, 64), EXACT),
-    ("qtip", "rht:f16:trellis4:hyb:qtip", (64, 128), EXACT),
+    ("qtip", "rht:trellis4:hyb:qtip", (64, 128), EXACT),
     ("qtip", "rht:trellis1:hyb:rows", (64, 32), EXACT),
     ("qtip", "rht:f16:trellis3:1mad:rows", (32, 64), EXACT),
     ("qtip", "rht:trellis2:lut:l8:v2:rows", (32, 64), EXACT),
@@ -311,25 +305,24 @@ def test_one_weight_in_other_rates_and_codes(target, format, shape, bound):
         np.testing.assert_array_equal((rotated * unit).astype(np.float32), level(q))
 
 
-@pytest.mark.slow
 def test_rates_differ_between_weights(tmp_path):
     """EXL3 has a rate and a code for each weight, also for the head; QTIP one K for v_proj and one for the others, and
     a list of linears that keep their weight."""
-    changes = dict(num_kv_heads=2, vocab_size=384)
-    model = coded_model(
-        "rht128:trellis2:mcg", {"down_proj": "rht128:trellis3:mul1", "lm_head": "rht128:trellis4:3inst"}, **changes
-    )
-    report = export(model, "exl3", tmp_path / "exl3")
-    assert report["types"] == {
-        "float16": 4, "rht128:f16:trellis2:mcg": 6, "rht128:f16:trellis3:mul1": 1, "rht128:f16:trellis4:3inst": 1,
-    }  # fmt: skip
-    quant = json.loads((tmp_path / "exl3/config.json").read_text())["quantization_config"]
+    others = {"down_proj": "rht128:trellis3:mul1", "lm_head": "rht128:trellis4:3inst"}
+    out, model = tmp_path / "exl3", coded_model("rht128:trellis2:mcg", others, vocab_size=384)
+    export_layout(model, out, "exl3")
+    kinds, quant = stored_kinds(out), json.loads((out / "config.json").read_text())["quantization_config"]
+    assert {kinds[p].name for p in (Q, DOWN, "lm_head")} == {
+        f"rht128:f16:trellis{code}" for code in ("2:mcg", "3:mul1", "4:3inst")
+    }
     assert quant["head_bits"] == 4 and 2 < quant["bits"] < 3
-    model = coded_model("rht:trellis2:3inst:rows", {"v_proj": "rht:trellis4:3inst:rows", "o_proj": ""})
-    report = export(model, "qtip", tmp_path / "qtip")
-    assert report["types"] == {"float16": 6, "rht:f16:trellis2:3inst:rows": 5, "rht:f16:trellis4:3inst:rows": 1}
-    params = json.loads((tmp_path / "qtip/config.json").read_text())["quip_params"]
+    others = {"v_proj": "rht:trellis4:3inst:rows", "o_proj": ""}
+    out, model = tmp_path / "qtip", coded_model("rht:trellis2:3inst:rows", others)
+    export_layout(model, out, "qtip")
+    kinds, params = stored_kinds(out), json.loads((out / "config.json").read_text())["quip_params"]
     assert params["K"] == 2 and params["K_v_proj"] == 4 and params["skip_list"] == ["0_o"]
+    assert kinds[Q.replace("q_", "v_")].name == "rht:f16:trellis4:3inst:rows"
+    assert kinds[Q].name == "rht:f16:trellis2:3inst:rows" and kinds[Q.replace("q_", "o_")] == "float16"
 
 
 def test_factors_of_a_scale():
