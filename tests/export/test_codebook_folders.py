@@ -104,6 +104,22 @@ def test_exl3_describes_its_tensors(written, capsys):
     assert any("weights differ by up to" in note for note in report["notes"])
 
 
+def test_configurations_say_what_is_kept_and_how_codes_are_read(written, capsys):
+    def config(target: str) -> dict:
+        return json.loads((written(target, capsys)[1] / "config.json").read_text())
+
+    kept = config("aqlm")["quantization_config"]["linear_weights_not_to_quantize"]
+    assert kept == ["lm_head", "lm_head.weight"]
+    assert config("vptq")["quantization_config"]["modules_to_not_convert"] == ["lm_head"]
+    quip, qtip = config("quip"), config("qtip")
+    assert "quantization_config" not in quip and "quantization_config" not in qtip  # transformers knows no such method
+    params = {k: quip["quip_params"][k] for k in ("codebook", "codebook_version", "idx_dtype", "packsz", "lora_rank")}
+    assert params == {"codebook": "E8P12RVQ3B", "codebook_version": 0, "idx_dtype": "torch.int64", "packsz": 8 / 3,
+                      "lora_rank": 0}  # fmt: skip
+    params = {k: qtip["quip_params"][k] for k in ("L", "K", "V", "tlut_bits", "decode_mode", "skip_list")}
+    assert params == {"L": 16, "K": 2, "V": 2, "tlut_bits": 9, "decode_mode": "quantlut_sym", "skip_list": []}
+
+
 # -- damage -----------------------------------------------------------------------------------------------------------
 
 
@@ -162,6 +178,9 @@ SETTINGS = [
     ("aqlm", ("quantization_config", "out_group_size"), 2, r"out_group_size is 2 \(allowed: 1\)"),
     ("aqlm", ("quantization_config", "nbits_per_codebook"), 17, r"nbits_per_codebook is 17 \(allowed: 1 to 16\)"),
     ("aqlm", ("quantization_config", "quant_method"), "other", "unknown quant_method in config.json 'other'"),
+    ("aqlm", ("quantization_config",), "aqlm", "quantization_config is 'aqlm' .allowed: an object"),
+    ("aqlm", ("quantization_config", "linear_weights_not_to_quantize"), None, "is None .allowed: a list of tensors"),
+    ("exl3", ("quip_params",), 7, "quip_params is 7 .allowed: an object"),
     ("vptq", ("quantization_config", "config_for_layers", Q, "outlier_size"), 8, f"of {Q}: outlier_size is 8"),
     ("vptq", ("quantization_config", "config_for_layers", Q, "num_centroids"), [-1, 31], "codebook of 31 vectors"),
     ("vptq", ("quantization_config", "config_for_layers", "nowhere"), {}, "describes nowhere, which is no linear"),

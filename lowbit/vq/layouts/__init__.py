@@ -18,14 +18,16 @@ LAYOUTS: dict[str, Layout] = {layout.name: layout for layout in (Aqlm(), Vptq(),
 
 
 def method_of(raw: dict[str, Any]) -> str | None:
-    """Which layout a `config.json` says the folder has: a name of `LAYOUTS`, what else `quant_method` says, or None.
-    QuIP# and QTIP have `quip_params` instead, told apart by what only QTIP's have."""
-    if "quip_params" in raw:
-        if not isinstance(raw["quip_params"], dict):
-            raise InputError(f"config.json: quip_params is {raw['quip_params']!r} (allowed: an object)")
-        return "qtip" if "decode_mode" in raw["quip_params"] else "quip"
+    """Which layout a `config.json` says the folder has: a name of `LAYOUTS`, what else `quant_method` says, or None
+    without any. QuIP# and QTIP have `quip_params` instead, told apart by what only QTIP's have. Raises `InputError` for
+    what is no object."""
+    for key in ("quip_params", "quantization_config"):
+        if raw.get(key) is not None and not isinstance(raw[key], dict):
+            raise InputError(f"config.json: {key} is {raw[key]!r} (allowed: an object)")
+    if (params := raw.get("quip_params")) is not None:
+        return "qtip" if "decode_mode" in params else "quip"
     quant = raw.get("quantization_config")
-    return quant.get("quant_method") if isinstance(quant, dict) else quant
+    return None if quant is None else str(quant.get("quant_method"))
 
 
 __all__ = ["LAYOUTS", "Entry", "Layout", "Written", "method_of"]

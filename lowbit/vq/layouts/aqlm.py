@@ -36,7 +36,8 @@ class Aqlm(Layout):
             "num_codebooks": fmt.number,
             "out_group_size": 1,
             "in_group_size": fmt.size,
-            "linear_weights_not_to_quantize": [f"{path}.weight" for path in kept],
+            # AQLM's own code compares names of weights, transformers from 5 on names of modules.
+            "linear_weights_not_to_quantize": [name for path in kept for name in (path, f"{path}.weight")],
         }
         return {WHERE: quant}
 
@@ -63,7 +64,7 @@ class Aqlm(Layout):
         fmt = Additive(number, bits, size)
         out = {}
         for path, (O, I) in shapes.items():
-            if f"{path}.weight" in kept or path == "model.embed_tokens":
+            if path == "model.embed_tokens" or path in kept or f"{path}.weight" in kept:
                 continue
             if I % size:
                 raise InputError(f"{WHERE}: in_group_size {size} for {path} of shape {[O, I]} (allowed: a divisor)")

@@ -40,7 +40,7 @@ class Vptq(Layout):
 
     def config(self, packed: Mapping[str, tuple[Format, Shape]], kept: list[str]) -> dict[str, Any]:
         layers = {path: _layer(fmt, shape) for path, (fmt, shape) in packed.items()}
-        return {WHERE: {"quant_method": "vptq", "config_for_layers": layers}}
+        return {WHERE: {"quant_method": "vptq", "config_for_layers": layers, "modules_to_not_convert": kept}}
 
     def tensors(self, q: QTensor) -> Arrays:
         fmt, (_, stored) = q.format, codes_of(q)
