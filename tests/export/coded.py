@@ -47,10 +47,8 @@ def weight(fmt: Format, shape: tuple[int, int], seed: int) -> QTensor:
         stored = {"codebook": half(1, 1, inner.entries, inner.size)}
         stored |= {"residual": half(1, 1, inner.rest, inner.size)} if inner.rest else {}
         stored |= {"scale": np.abs(half(1, I)) + 0.5} if inner.column_scale else {}
-    codes = jnp.asarray(codes.astype(np.uint32).view(np.int32))
-    arrays = pack(inner, codes, {k: jnp.asarray(a, jnp.float32) for k, a in stored.items()})
-    signs = {k: jnp.asarray(a, jnp.float32) for k, a in signs.items()}
-    return QTensor(fmt.wrap(arrays, signs) if signs else arrays, fmt, shape)
+    stored = {k: jnp.asarray(a, jnp.float32) for k, a in (stored | signs).items()}
+    return QTensor(pack(fmt, jnp.asarray(codes.astype(np.uint32).view(np.int32)), stored), fmt, shape)
 
 
 def coded_model(format: str, others: dict[str, str] | None = None, **changes) -> Model:
