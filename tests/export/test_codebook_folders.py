@@ -120,6 +120,30 @@ def test_configurations_say_what_is_kept_and_how_codes_are_read(written, capsys)
     assert params == {"L": 16, "K": 2, "V": 2, "tlut_bits": 9, "decode_mode": "quantlut_sym", "skip_list": []}
 
 
+@pytest.mark.parametrize("target", FORMATS)
+def test_commands_open_the_folder(target, written, capsys, tmp_path):
+    _, folder, _ = written(target, capsys)
+    assert main(["inspect", str(folder), "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["format"] == f"hf-{target}"
+    assert main(["quantize", str(folder), "--format", "int4:g32", "--out", str(tmp_path / "q")]) == 2
+    assert "q_proj is quantized already" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["aqlm", "exl3"])
+def test_evaluated_and_exported_again(target, written, capsys, tmp_path):
+    """To our own packed folder with the same bits, and back to the same file."""
+    _, folder, _ = written(target, capsys)
+    (tmp_path / "text").write_text("The quick brown fox jumps over the lazy dog. " * 20)
+    assert main(["eval", str(folder), "--text", str(tmp_path / "text"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["perplexity"] > 1
+    for to, source, out in (("packed", folder, tmp_path / "p"), (target, tmp_path / "p", tmp_path / "again")):
+        assert main(["export", str(source), "--to", to, "--out", str(out), "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["kl_mean"] == 0
+    assert (tmp_path / "again/model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
+
+
 # -- damage -----------------------------------------------------------------------------------------------------------
 
 
