@@ -21,7 +21,7 @@ VERBS: dict[str, tuple[str, str, str]] = {  # verb: (module, options class, one 
     "transform": ("transform", "Transform", "rotate or smooth a model: the same function, easier to quantize"),
     "eval": ("evaluate", "Eval", "perplexity, divergence and size of a model"),
     "compare": ("evaluate", "Compare", "evaluate several models on one text, in one table"),
-    "export": ("quantize", "Export", "write a model for another runtime (GGUF, Hugging Face)"),
+    "export": ("quantize", "Export", "write a model for another runtime (GGUF, Hugging Face, AQLM, EXL3, ...)"),
     "generate": ("generate", "Generate", "continue a prompt"),
     "synthesize": ("synthesize", "Synthesize", "training text that a model writes itself"),
     "inspect": ("inspect", "Inspect", "configuration, tensors and sizes of a model"),

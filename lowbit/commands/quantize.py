@@ -134,9 +134,10 @@ class Export:
     model: Model
     """Folder, file, run directory or hub id."""
     to: tyro.conf.UseAppendAction[tuple[str, ...]]
-    """gguf, gguf:TYPE (F16, Q8_0, Q4_0, TQ2_0, ...), hf, hf:DTYPE or packed; repeat for several."""
+    """gguf, gguf:TYPE (F16, Q8_0, Q4_0, TQ2_0, ...), hf, hf:DTYPE, packed, or the layout of a vector format's runtime:
+    aqlm, vptq, exl3, quip, qtip; repeat for several."""
     out: Annotated[Path, tyro.conf.arg(metavar="PATH")]
-    """File (gguf) or folder (hf, packed); with several targets, a folder that gets one of each."""
+    """File (gguf) or folder (the others); with several targets, a folder that gets one of each."""
     override: Annotated[
         tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="REGEX=TYPE", help_behavior_hint="")
     ] = ()

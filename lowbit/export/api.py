@@ -1,7 +1,7 @@
 """`export`: writes a model for a target, then reads the file back with an independent reader and compares.
 
-Targets: `gguf`, `gguf:TYPE` (`gguf:Q4_0`), `hf`, `hf:DTYPE` (dequantized, for `transformers`) and `packed` (our own
-codes and scales).
+Targets: `gguf`, `gguf:TYPE` (`gguf:Q4_0`), `hf`, `hf:DTYPE` (dequantized, for `transformers`), `packed` (our own
+codes and scales), and the layouts of other runtimes for vector formats (`lowbit.vq.layouts`).
 """
 
 import dataclasses
@@ -18,6 +18,7 @@ from lowbit.export.gguf import Overrides, expected, write_sources
 from lowbit.export.gguf_read import read_gguf
 from lowbit.export.gguf_types import TYPES, get
 from lowbit.export.hf import export_hf
+from lowbit.export.layouts import export_layout
 from lowbit.export.sources import Sources, leaves, open_sources, unwrap
 from lowbit.formats import adapter
 from lowbit.formats.adapter import Adapter
@@ -29,8 +30,9 @@ from lowbit.models.cache import CacheSite, without
 from lowbit.models.hf import FLOATS, load_hf, readers, stored_kinds
 from lowbit.models.model import Model
 from lowbit.tree import map_leaves
+from lowbit.vq.layouts import LAYOUTS, Layout
 
-TARGETS = ("gguf", "hf", "packed")
+TARGETS = ("gguf", "hf", "packed", *LAYOUTS)
 KL_LIMIT = 1e-4  # nats per token, where the file holds the same weights
 KL_BYTES = 2 << 30  # of a folder's model in float32: up to here it is loaded for the KL
 TOKENS = (2, 64)  # of the comparison
@@ -42,7 +44,7 @@ class ExportMismatch(InputError):
 
 def targets() -> list[str]:
     """Every target that `export` takes."""
-    return ["gguf", *(f"gguf:{t}" for t in TYPES), "hf", *(f"hf:{d}" for d in FLOATS), "packed"]
+    return ["gguf", *(f"gguf:{t}" for t in TYPES), "hf", *(f"hf:{d}" for d in FLOATS), "packed", *LAYOUTS]
 
 
 def export(
@@ -71,7 +73,7 @@ def export(
     """
     start = time.monotonic()
     kind, _, option = to.partition(":")
-    if kind not in TARGETS or (kind == "packed" and option):
+    if kind not in TARGETS or (option and kind not in ("gguf", "hf")):
         raise unknown("export target", to, targets())
     if kind != "gguf" and (overrides or embedding):
         raise InputError(f"overrides or embedding with target {to!r} (allowed: with gguf)")
@@ -86,8 +88,18 @@ def export(
         report |= {"fresh": r.fresh, "rounded": r.rounded, "notes": r.notes, "types": _count(r.types.values())}
         report["weights"] = _compare_gguf(opened, out, r.types)
     else:
-        dtype = export_hf(source, out, kind == "packed", option or None, drop_activations)
-        report["weights"], report["rounded"] = _compare_hf(source, dtype, out, kind == "packed")
+        if layout := LAYOUTS.get(kind):
+            dtype: str | None = export_layout(source, out, kind, drop_activations)
+            report["notes"] += [layout.note] * bool(layout.note)
+            if layout.families and opened.config.family not in layout.families:
+                allowed = " and ".join(layout.families)
+                report["notes"].append(f"its runtime has no {opened.config.family} models, only {allowed}")
+        else:
+            dtype = export_hf(source, out, kind == "packed", option or None, drop_activations)
+        compared = _compare_hf(source, dtype, out, kind == "packed", layout)
+        report["weights"], report["rounded"], largest = compared
+        if largest:
+            report["notes"].append(f"scales in the layout's fp16: weights differ by up to {largest:.2g} of the largest")
         kinds = stored_kinds(out).values()
         report["types"] = _count(k.name if isinstance(k, Format) else k for k in kinds)
     report["bytes"] = size(out)
@@ -138,28 +150,34 @@ def _compare_gguf(opened: Sources, out: str | Path, types: dict[str, str]) -> in
 
 
 def _compare_hf(
-    source: Model | str | Path, dtype: str | None, out: str | Path, packed: bool
-) -> tuple[int, dict[str, int]]:
+    source: Model | str | Path, dtype: str | None, out: str | Path, packed: bool, layout: Layout | None = None
+) -> tuple[int, dict[str, int], float]:
     """Every weight of the folder against its source, one tensor at a time, and in a packed one what is done to inputs
-    and caches; `dtype` is what floats were cast to."""
-    total, rounded, found = 0, {}, readers(out)
+    and caches; `dtype` is what floats were cast to. The packed weights of a `layout` may differ by its `slack`; the
+    last of what is returned is the largest such difference, in parts of the largest weight of its tensor."""
+    total, rounded, largest, found = 0, {}, 0.0, readers(out)
     for path, leaf in leaves(source):
         if packed and _beside(leaf) != _beside(found[path]()):
             raise ExportMismatch(f"{out}: {path} has other activation formats or transforms than it was written from")
         if isinstance(leaf, CacheSite):
             continue
-        a = _float32(path, leaf)
+        a, leaf = _float32(path, leaf), found[path]()
+        b, foreign = _float32(path, leaf), layout is not None and isinstance(leaf, QTensor)
         del leaf
-        if dtype is not None:
+        if dtype is not None and not foreign:
             cast = a.astype(FLOATS[dtype]).astype(np.float32)
             if changed := int(np.count_nonzero(cast != a)):
                 rounded[path] = changed
             a = cast
-        b = _float32(path, found[path]())
-        _none(a.size if a.shape != b.shape else int(np.count_nonzero(a != b)), path, out)
+        off = a.size
+        if a.shape == b.shape and (off := int(np.count_nonzero(a != b))) and foreign:
+            rounded[path], far = off, np.abs(a - b)
+            off = int(np.count_nonzero(far > layout.slack(a)))
+            largest = max(largest, float(far.max() / np.abs(a).max()))
+        _none(off, path, out)
         total += a.size
         del a, b
-    return total, rounded
+    return total, rounded, largest
 
 
 def _beside(leaf: Any) -> Any:

@@ -12,6 +12,9 @@ format each path has,
 
 (the arrays of an activation format or a transform are the tensors `PATH.input.NAME` and `PATH.online.NAME`, those of an
 adapter `PATH.lora_a` and `PATH.lora_b`), so loading gives the same codes and scales back bit for bit.
+
+Folders in a layout of another runtime (`lowbit.vq.layouts`) are read too: their weights become `QTensor`s of the
+formats that hold the same codes.
 """
 
 import functools
@@ -39,6 +42,7 @@ from lowbit.models.cache import CacheSite
 from lowbit.models.config import ModelConfig, from_hf, to_hf
 from lowbit.models.model import Model
 from lowbit.models.shards import INDEX, Shards, ShardWriter, atomic_folder, read_json, require_finite, some
+from lowbit.vq.layouts import LAYOUTS, Entry, method_of
 
 SHARD_BYTES = 5_000_000_000
 FLOATS = {"float32": np.dtype("float32"), "float16": np.dtype("float16"), "bfloat16": np.dtype(jnp.bfloat16)}
@@ -67,9 +71,11 @@ def load_hf(folder: str | Path) -> Model:
     """
     folder = Path(folder)
     raw, config, quant = _read_config(folder)
-    flat = {path: _to_device(read()) for path, read in _readers(folder, config, quant).items()}
+    flat = {path: _to_device(read()) for path, read in _readers(folder, raw, config, quant).items()}
     dtypes = sorted({str(v.dtype) for v in flat.values() if isinstance(v, jax.Array)})
-    meta = {"format": "hf-packed" if quant else "hf", "dtype": raw.get("dtype") or raw.get("torch_dtype") or dtypes[0]}
+    method = method_of(raw)
+    kind = "hf-packed" if quant else "hf" if method is None else f"hf-{method}"
+    meta = {"format": kind, "dtype": raw.get("dtype") or raw.get("torch_dtype") or dtypes[0]}
     return Model(config, trees.build(flat), load_tokenizer(folder), str(folder), meta)
 
 
@@ -94,20 +100,18 @@ def readers(folder: str | Path) -> dict[str, Callable[[], Any]]:
     All the checks of `load_hf` but those of values are made here, from the headers.
     """
     folder = Path(folder)
-    _, config, quant = _read_config(folder)
-    return _readers(folder, config, quant)
+    return _readers(folder, *_read_config(folder))
 
 
 def stored_kinds(folder: str | Path) -> dict[str, Any]:
     """`{path: dtype name, or the Format of a packed weight}` in the model's order; reads headers only."""
     folder = Path(folder)
-    _, config, quant = _read_config(folder)
+    raw, config, quant = _read_config(folder)
     shards = Shards(folder)
-    rename, packed = _renamer(shards), (quant or {}).get("formats", {})
-    return {
-        path: formats.get(packed[path]) if path in packed else str(shards.dtype(rename(tensor_name(path))))
-        for path in config.shapes()
-    }
+    packed = {path: formats.get(name) for path, name in (quant or {}).get("formats", {}).items()}
+    packed |= {path: entry.format for path, entry in _foreign(raw, config, shards).items()}
+    rename = _renamer(shards)
+    return {path: packed.get(path) or str(shards.dtype(rename(tensor_name(path)))) for path in config.shapes()}
 
 
 def stored_adapters(folder: str | Path) -> dict[str, dict[str, Any]]:
@@ -209,13 +213,19 @@ class HfWriter:
         self.seen[path] = str(a.dtype)
         self.shards.add(tensor_name(path), a)
 
-    def close(self) -> None:
-        """Finishes the weights and writes the two configuration files."""
+    def add_arrays(self, path: str, dtype: str, arrays: dict[str, np.ndarray]) -> None:
+        """Appends a packed weight of another runtime's layout as the tensors `PATH.NAME`."""
+        self.seen[path] = dtype
+        for name, a in arrays.items():
+            self.shards.add(f"{path}.{name}", a)
+
+    def close(self, more: dict[str, Any] | None = None) -> None:
+        """Finishes the weights and writes the two configuration files, `config.json` with `more` keys."""
         wanted = self.config.shapes()
         _require_same(set(wanted), set(self.seen), "the model to save")
         self.shards.close()
         dtype = self.dtype or self.seen["model.embed_tokens"]
-        out = to_hf(self.config, dtype, native=self.packed)
+        out = to_hf(self.config, dtype, native=self.packed) | (more or {})
         if self.packed:
             out["quantization_config"] = {
                 "quant_method": "lowbit",
@@ -231,8 +241,8 @@ class HfWriter:
             if self.adapters:
                 out["quantization_config"]["adapters"] = self.adapters
         generation = {k: out[k] for k in ("bos_token_id", "eos_token_id")} | {"_from_model_config": True}
-        _write_json(self.folder / "config.json", out)
-        _write_json(self.folder / "generation_config.json", generation)
+        write_json(self.folder / "config.json", out)
+        write_json(self.folder / "generation_config.json", generation)
 
 
 def resolve(source: str | Path) -> Path:
@@ -278,19 +288,37 @@ def _read_config(folder: Path) -> tuple[dict[str, Any], ModelConfig, dict[str, A
     if not folder.is_dir():
         raise InputError(f"no folder {folder} (allowed: a folder with config.json and safetensors)")
     raw = read_json(folder / "config.json")
-    quant = raw.get("quantization_config")
-    if quant is not None:
-        method = quant.get("quant_method") if isinstance(quant, dict) else quant
-        if method != "lowbit":
-            raise unknown("quant_method in config.json", method, ("lowbit",))
-        if quant.get("version") != VERSION:
-            raise InputError(f"config.json: packed version {quant.get('version')!r} (allowed: {VERSION})")
+    method = method_of(raw)
+    if method not in (None, "lowbit", *LAYOUTS):
+        raise unknown("quant_method in config.json", method, ("lowbit", *LAYOUTS))
+    quant = raw["quantization_config"] if method == "lowbit" else None
+    if quant is not None and quant.get("version") != VERSION:
+        raise InputError(f"config.json: packed version {quant.get('version')!r} (allowed: {VERSION})")
     return raw, from_hf(raw), quant
 
 
-def _readers(folder: Path, config: ModelConfig, quant: dict[str, Any] | None) -> dict[str, Callable[[], Any]]:
+def _foreign(raw: dict[str, Any], config: ModelConfig, shards: Shards) -> dict[str, Entry]:
+    """The weights that are packed in another runtime's layout."""
+    method = method_of(raw)
+    if method not in LAYOUTS:
+        return {}
+    return LAYOUTS[method].entries(raw, {path: s for path, s in config.shapes().items() if len(s) == 2}, shards)
+
+
+def _load_foreign(folder: Path, path: str, entry: Entry, shards: Shards) -> QTensor:
+    arrays = {name: shards.read(f"{path}.{name}") for name in entry.tensors}
+    try:
+        return entry.load(arrays)
+    except formats.FormatError as e:
+        raise InputError(f"{folder}: {path}: {e}") from e
+
+
+def _readers(
+    folder: Path, raw: dict[str, Any], config: ModelConfig, quant: dict[str, Any] | None
+) -> dict[str, Callable[[], Any]]:
     """Checks names and shapes against the configuration; a function for each leaf reads it."""
     shards = Shards(folder)
+    foreign = _foreign(raw, config, shards)
     fmts = {path: formats.get(name) for path, name in (quant or {}).get("formats", {}).items()}
     names: dict[str, dict[str, str]] = {}
     for kind, key in (("input", "inputs"), ("online", "online")):
@@ -316,6 +344,8 @@ def _readers(folder: Path, config: ModelConfig, quant: dict[str, Any] | None) ->
             arrays = _stored_arrays(fmts[path], shape)
             where[path] = {name: f"{path}.{name}" for name in arrays}
             expected |= {f"{path}.{name}": (a.shape, str(a.dtype)) for name, a in arrays.items()}
+        elif path in foreign:
+            expected |= {f"{path}.{name}": spec for name, spec in foreign[path].tensors.items()}
         else:
             where[path] = {"": rename(tensor_name(path))}
             expected[where[path][""]] = (shape, None)
@@ -341,6 +371,8 @@ def _readers(folder: Path, config: ModelConfig, quant: dict[str, Any] | None) ->
             site = caches.restore(sites[path], own)
             site.check(config.head_dim)
             return site
+        if path in foreign:
+            return _load_foreign(folder, path, foreign[path], shards)
         shape = shapes[path]
         if path in fmts:
             arrays = {name: jnp.asarray(shards.read(n)) for name, n in where[path].items()}
@@ -415,7 +447,8 @@ def _require_same(wanted: set[str], found: set[str], where: str) -> None:
         raise InputError(f"{where} has {len(extra)} parameters that its config does not explain: {some(extra)}")
 
 
-def _write_json(path: Path, value: dict[str, Any]) -> None:
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """An indented JSON object."""
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 

@@ -5,8 +5,9 @@ is stored are the K V bits that each step shifts in, so K bits per weight, and o
 
     codes = bits of the best path of w / scale          w_hat = code(states(codes)) * scale
 
-The order of the weights in a path is EXL3's, that of a tensor core's fragments; with key `qtip` it is QTIP's (which
-takes the two halves of the rows last, EXL3 those of the columns). The bits of a path are one little-endian number, the
+The order of the weights in a path is EXL3's, that of a tensor core's fragments; with key `qtip` it is that of QTIP's
+kernel (which takes the two halves of the rows last, EXL3 those of the columns); with `rows` it goes row by row, as QTIP
+has it where it has no kernel. The bits of a path are one little-endian number, the
 last step's lowest: the state of a step is the L bits from where its own begin, circularly, so any weight can be decoded
 alone, and the number's uint32 words from the last to the first are EXL3's own (`lowbit.vq.trellis_pack`).
 
@@ -41,6 +42,7 @@ HYB_RATIOS = {1: 1.15, 2: 1.0, 3: 0.9, 4: 0.8}
 ORDERS = {
     "exl3": "(r h p) (c k m l) -> r (c p m h k l)",
     "qtip": "(r h p) (c k m l) -> r (c p m k h l)",
+    "rows": "(r h p) (c k m l) -> r (c h p k m l)",
 }
 
 

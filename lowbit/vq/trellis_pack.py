@@ -6,7 +6,8 @@ turned by `L - K V` bits (`rotate`).
 
 EXL3 (exllamav3, `pack.cu`): `trellis` int16 `[in/16, out/16, 16 K]`, a tile's path in the order of a tensor core's
 fragments (`trellis.ORDERS`); uint32 words hold 32 bits of the circle each, so of two int16 the second comes first.
-QTIP (`lib/codebook/bitshift.py`): int16 `[tiles, 16 K]`, each the next 16 bits; tiles row by row.
+QTIP (`lib/codebook/bitshift.py`): int16 `[tiles, 16 K]`, each the next 16 bits; tiles row by row, or where it has a
+kernel (`hyb` of 2 to 4 bits, L = 16) in that one's order.
 """
 
 import numpy as np
@@ -44,6 +45,20 @@ def check_closed(states_ZN: States, width: int, L: int) -> None:
         raise FormatError(f"states of tile {tile} do not follow one another at step {step} (allowed: closed paths)")
 
 
+def states_of_codes(codes_RC: Integer[np.ndarray, "R C"], width: int, L: int, steps: int) -> States:
+    """States of the tiles' paths, row by row, from a format's codes (of whole rates; `steps` in a tile)."""
+    bits = codes_RC.reshape(-1, steps)[:, ::-1].astype(np.int64)
+    states = np.zeros_like(bits)
+    for back in range(-(-L // width)):  # a window ends with the step's own bits
+        states |= np.roll(bits, back, axis=1) << (back * width)
+    return (states & ((1 << L) - 1)).astype(np.int32)
+
+
+def codes_of_states(states_ZN: States, width: int, rows: int) -> Integer[np.ndarray, "R C"]:
+    """Inverse of `states_of_codes`; `rows` of tiles."""
+    return (states_ZN & ((1 << width) - 1))[:, ::-1].reshape(rows, -1)
+
+
 # -- words ------------------------------------------------------------------------------------------------------------
 
 
@@ -51,6 +66,23 @@ def to_qtip(states_ZN: States, width: int, L: int) -> Integer[np.ndarray, "Z W"]
     """int16 words of QTIP's `trellis`, one row a tile."""
     check_closed(states_ZN, width, L)
     return _words(rotate(bits_of(states_ZN, width), width, L))
+
+
+def to_qtip_kernel(words_ZW: Integer[np.ndarray, "Z W"], shape: tuple[int, int]) -> Integer[np.ndarray, "Z W"]:
+    """QTIP's words of the tiles of a weight `[out, in]`, both multiples of 32, in the order of its kernel: of 2 x 2
+    tiles K bytes each in turn (the two rows of tiles innermost), every int16's and every group's bytes reversed."""
+    O, I = shape
+    data = words_ZW.astype("<i2").view(np.uint8).reshape(-1, 2)[:, ::-1]
+    parts = data.reshape(O // 32, 2, I // 32, 2, 32, -1).transpose(0, 2, 4, 3, 1, 5)[..., ::-1]
+    return np.ascontiguousarray(parts).reshape(-1).view("<i2").reshape(words_ZW.shape)
+
+
+def from_qtip_kernel(words_ZW: Integer[np.ndarray, "Z W"], shape: tuple[int, int]) -> Integer[np.ndarray, "Z W"]:
+    """Inverse of `to_qtip_kernel`."""
+    O, I = shape
+    data = np.ascontiguousarray(words_ZW.astype("<i2")).view(np.uint8)
+    parts = data.reshape(O // 32, I // 32, 32, 2, 2, -1)[..., ::-1].transpose(0, 4, 1, 3, 2, 5)
+    return np.ascontiguousarray(parts.reshape(-1, 2)[:, ::-1]).reshape(-1).view("<i2").reshape(words_ZW.shape)
 
 
 def from_qtip(words_ZW: Integer[np.ndarray, "Z W"], width: int, L: int) -> States:

@@ -5,6 +5,9 @@ import pytest
 
 from lowbit.export.gguf import write_gguf
 from lowbit.export.hf import export_hf
+from lowbit.export.layouts import export_layout
+from lowbit.models.hf import load_hf
+from tests.export.coded import coded_model
 from tests.export.small_models import byte_model, packed
 
 pytestmark = [
@@ -44,6 +47,20 @@ def test_dequantized_folder(name, format, tmp_path):
     x = tokens()
     diff = np.abs(theirs(back, x) - np.asarray(m.logits(x))).max()
     print(f"{name} {format}: max abs diff {diff:.2e}")
+    assert diff <= TOLERANCE
+
+
+def test_aqlm_folder(tmp_path):
+    """transformers and AQLM's own library read `--to aqlm`; with codebooks of 2^8 AQLM takes a kernel on the CPU whose
+    threads race for their sums, so this has 2^10."""
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("aqlm")
+    export_layout(coded_model("aqlm:1x10:g4", {"o_proj": ""}), tmp_path / "m", "aqlm")
+    back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "m", dtype="float32")
+    assert sum(type(part).__name__ == "QuantizedLinear" for part in back.modules()) == 6
+    x = tokens()
+    diff = np.abs(theirs(back, x) - np.asarray(load_hf(tmp_path / "m").logits(x))).max()
+    print(f"aqlm: max abs diff {diff:.2e}")
     assert diff <= TOLERANCE
 
 

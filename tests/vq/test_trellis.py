@@ -205,7 +205,9 @@ def test_order_of_a_tile(order: str):
     paths = fmt.paths(w)
     np.testing.assert_array_equal(fmt.weights(paths, 2), w)
     index = np.arange(256).reshape(16, 16)  # [out, in]
-    if order == "qtip":
+    if order == "rows":
+        want = index.reshape(-1)
+    elif order == "qtip":
         want = index.reshape(2, 8, 2, 4, 2).transpose(1, 3, 2, 0, 4).reshape(-1)
     else:
         want = np.array([index[t // 4 + c, t % 4 * 2 + r] for t in range(32) for c in (0, 8) for r in (0, 1, 8, 9)])
