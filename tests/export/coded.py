@@ -27,7 +27,7 @@ def weight(fmt: Format, shape: tuple[int, int], seed: int) -> QTensor:
 
     inner, signs = fmt, {}
     if isinstance(fmt, Incoherent):
-        inner, signs = fmt.inner, fmt.signs(shape)
+        inner, signs = fmt.inner, fmt.signs(jnp.ones(shape))
         if fmt.trained:
             signs = {k: s * (1 + np.abs(half(*s.shape))).astype(np.float16) for k, s in signs.items()}
     if isinstance(inner, E8P):
