@@ -175,9 +175,9 @@ class Coded:
     are the `QTensor`'s. With `w_hat = (q - z) * s` the gradient of s is `q - z` exactly, its rounding to what is stored
     is straight-through (EfficientQAT's E2E-QP, arXiv 2407.11062, section 3.3).
 
-    A param named `shift`, `[O, I]`, is where the weights want to go, in units of their RMS: the forward pass does not
-    see it, its gradient is that of the weights, and `revised` moves codes by it (PV-Tuning, arXiv 2405.14852, section
-    3.3).
+    A param named `shift`, `[O, I]`, is where the weights want to go, in units of their row's RMS: the forward pass
+    does not see it, its gradient is that of the weights, and `revised` moves codes by it (PV-Tuning, arXiv 2405.14852,
+    section 3.3).
     """
 
     arrays: dict[str, Any]
@@ -512,10 +512,11 @@ def _revised(
 ) -> tuple[dict[str, Array], Array]:
     codes, stored = _coded(fmt, shape, arrays, params)
     w_OI = fmt.dequantize(codes, stored)
-    unit = jnp.maximum(jnp.sqrt(jnp.mean(jnp.square(w_OI))), np.float32(1e-30))
-    codes, left = fmt.recode(codes, stored, w_OI, params[SHIFT] * unit, fraction)
+    size_O1 = jnp.sqrt(jnp.mean(jnp.square(w_OI), axis=1, keepdims=True))
+    unit_O1 = jnp.maximum(size_O1, jnp.maximum(np.float32(1e-3) * jnp.max(size_O1), np.float32(1e-30)))
+    codes, left = fmt.recode(codes, stored, w_OI, params[SHIFT] * unit_O1, fraction)
     packed = fmt.pack(codes, stored)
-    return {k: packed[k] for k in arrays}, left / unit
+    return {k: packed[k] for k in arrays}, left / unit_O1
 
 
 # -- registry ---------------------------------------------------------------------------------------------------------
