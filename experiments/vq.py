@@ -33,12 +33,11 @@ from lowbit.models.model import Model
 from lowbit.plan import Plan, Rule
 from lowbit.ptq import base as solvers
 from lowbit.ptq.calibrate import tokenize
-from lowbit.ptq.options import AqlmOptions, GptqOptions, LdlqOptions, LnqOptions, VptqOptions, YaqaOptions
+from lowbit.ptq.options import OPTIONS
 from lowbit.train.block_options import BlockOptions
 from lowbit.train.config import TrainConfig
 from lowbit.tree import Tree
 
-OPTIONS = {o.solver: o for o in (GptqOptions, LdlqOptions, YaqaOptions, AqlmOptions, VptqOptions, LnqOptions)}
 FORMATS = {
     2: ("rtn int2:g64:mse", "gptq int2:g64:mse", "ldlq rht:e8p2", "ldlq rht:trellis2:latin:l12", "aqlm aqlm:1x8:g4")
     + ("vptq vptq:v4:k256",),
@@ -67,9 +66,9 @@ class Config:
     """Tokens of one row."""
     lr: float = 3e-4
     """Peak learning rate end to end."""
-    code_lr: float = 33.0
-    """That of codes in `pv`, times `lr`."""
-    revise_every: int = 10
+    code_lr: float = 3e-3
+    """That of codes in `pv`, in RMS of a row."""
+    revise_every: int = 20
     """Steps between changes of codes in `pv`."""
     revise_fraction: float = 0.01
     """Of the tiles, whose codes change at once in `pv`."""
@@ -180,6 +179,6 @@ def tuned(config: Config, run: Run, g: Ground, params: Tree, case: Case) -> Tree
     own |= {"warmup": 2, "loss": "kl", "log_every": 20, "keep": 1}
     if recipe.revise is not None:
         own |= {"revise_every": config.revise_every, "revise_fraction": config.revise_fraction}
-        own |= {"lr_groups": ((rf".*:{SHIFT}", config.code_lr),)}
+        own |= {"lr_groups": ((rf".*:{SHIFT}", config.code_lr / config.lr),)}
     settings = TrainConfig(**recipe.defaults | own)
     return recipe.convert(fit(run, case.name, recipe.prepare(params, assignment), settings, g.fp, g.packed, recipe))

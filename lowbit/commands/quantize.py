@@ -13,7 +13,16 @@ from lowbit.commands.common import Flag, Model, Result, Word, WordPath, check_ou
 from lowbit.commands.inspect import make_plan
 from lowbit.commands.transform import fitted
 from lowbit.errors import InputError, unknown
-from lowbit.ptq.options import AqlmOptions, GptqOptions, LdlqOptions, LnqOptions, VptqOptions, YaqaOptions
+from lowbit.ptq.options import (
+    OPTIONS,
+    AqlmOptions,
+    GptqOptions,
+    GuidedOptions,
+    LdlqOptions,
+    LnqOptions,
+    VptqOptions,
+    YaqaOptions,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,8 +38,8 @@ class Quantize:
     rules: WordPath = None
     """TOML file of [[rule]] match, format; the first match wins."""
     solver: str = "rtn"
-    """rtn: round to nearest; calibrated on --calib: gptq, ldlq: with error feedback, yaqa: on both sides; aqlm, vptq,
-    lnq: learned codebooks."""
+    """rtn: round to nearest; calibrated on --calib: gptq, ldlq: with error feedback, yaqa: on both sides, guided: by
+    the loss's gradients; aqlm, vptq, lnq: learned codebooks."""
     transform: str = "none"
     """none: the network as it is; quarot, spinquant, smoothquant, flatquant or a saved one (see lowbit transform): the
     model is held in memory then, in float32."""
@@ -39,6 +48,7 @@ class Quantize:
     gptq: GptqOptions = GptqOptions()
     ldlq: LdlqOptions = LdlqOptions()
     yaqa: YaqaOptions = YaqaOptions()
+    guided: GuidedOptions = GuidedOptions()
     aqlm: AqlmOptions = AqlmOptions()
     vptq: VptqOptions = VptqOptions()
     lnq: LnqOptions = LnqOptions()
@@ -64,7 +74,7 @@ class Quantize:
         documents = [text] if isinstance(text, str) else text
         if solver.calibrates and documents is None:
             raise InputError(f"solver {self.solver} without --calib (allowed: a calibration text)")
-        given = {o.solver: o for o in (self.gptq, self.ldlq, self.yaqa, self.aqlm, self.vptq, self.lnq)}
+        given = {name: getattr(self, name) for name in OPTIONS}
         for name, own in given.items():
             if self.solver != name and own != type(own)():
                 raise InputError(f"--{name} options with solver {self.solver} (allowed: with --solver {name})")

@@ -71,4 +71,4 @@ def names() -> list[str]:
 
 
 def _load_all() -> None:
-    from lowbit.ptq import aqlm, gptq, rtn, vptq, yaqa  # noqa: F401  (each module registers its solvers)
+    from lowbit.ptq import aqlm, gptq, guided, rtn, vptq, yaqa  # noqa: F401  (each module registers its solvers)

@@ -71,10 +71,36 @@ class YaqaOptions:
     """Share of the mean diagonal of both Hessians that is added to their diagonals."""
     rounds: int = 1
     """Passes over the rows; each after the first weighs one side's Hessian with the other's."""
+    layers: int = 0
+    """Layers whose Hessians are in memory at once, each such part with passes of its own (0: all)."""
 
     def __post_init__(self) -> None:
         """Raises `InputError` on a value that cannot be."""
-        _check(self, {"rows": 1, "length": 0, "rounds": 1}, {})
+        _check(self, {"rows": 1, "length": 0, "rounds": 1, "layers": 0}, {})
+
+
+@dataclasses.dataclass(frozen=True)
+class GuidedOptions:
+    """What GuidedQuant takes besides the plan and the text."""
+
+    solver: ClassVar[str] = "guided"
+
+    rows: int = 128
+    """Rows of calibration tokens, drawn without replacement; one gradient of the whole model for each."""
+    length: int = 0
+    """Tokens of a row (0: the model's context, 2048 at most)."""
+    seed: int = 0
+    """Of the draw."""
+    damping: float = 0.01
+    """Share of the mean diagonal of each Hessian that is added to its diagonal."""
+    groups: int = 4
+    """Groups of outputs, each with a Hessian of its own."""
+    layers: int = 0
+    """Layers whose Hessians are in memory at once, each such part with passes of its own (0: all)."""
+
+    def __post_init__(self) -> None:
+        """Raises `InputError` on a value that cannot be."""
+        _check(self, {"rows": 1, "length": 0, "groups": 1, "layers": 0}, {})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,6 +184,11 @@ class LnqOptions(VptqOptions):
     cycles: int = 4
     """Times that each turn goes over the codes."""
 
+
+OPTIONS = {
+    o.solver: o for o in (GptqOptions, LdlqOptions, YaqaOptions, GuidedOptions, AqlmOptions, VptqOptions, LnqOptions)
+}
+"""By the solver's name."""
 
 _WORDS = {"inputs": ("float", "quantized"), "hessian": ("float32", "float64")}
 

@@ -9,7 +9,7 @@ along the outputs, for the least error `tr((W - W_hat) H (W - W_hat)^T)`.
    coordinate descent over the codes, column by column, given all others.
 
 Step 3 is LNQ's for a codebook of scalars in each row (`nuqN`): there the solver `lnq` runs it with the paper's 3 turns
-of 4 cycles. VPTQ stops after step 2. `guided` is GuidedQuant: each group of outputs has a Hessian of its own.
+of 4 cycles. VPTQ stops after step 2.
 """
 
 import dataclasses
@@ -135,24 +135,6 @@ def descend(
     start = codes.T, (w_OI - fmt.dequantize(codes, stored)).T
     codes_IQ, d_IO = jax.lax.fori_loop(0, cycles * I, column, start)
     return codes_IQ.T, error_of(w_OI, w_OI - d_IO.T, H_II)
-
-
-def guided(
-    w_OI: Float[Array | np.ndarray, "O I"],
-    H_GII: Float[Array | np.ndarray, "G _ _"],  # [G, I, I]
-    fmt: Format,
-    **options: Any,
-) -> tuple[Array, float]:
-    """`(w_hat, error)` of GuidedQuant (arXiv 2505.07004, section 3): G equal groups of outputs, each solved by its own
-    `H_g = X^T diag(mean over the group of (dloss/dz)^2) X`. Formats whose rows have nothing in common (`nuqN`).
-    Raises `InputError` for others, and where G does not divide the rows."""
-    if not (isinstance(fmt, Vector) and fmt.rows == fmt.size == 1):
-        raise InputError(f"format {fmt.name!r} with a Hessian for each group of outputs (allowed: nuq1 .. nuq4)")
-    groups = len(H_GII)
-    if w_OI.shape[0] % groups:
-        raise InputError(f"{groups} groups of {w_OI.shape[0]} outputs (allowed: a divisor)")
-    parts = [vptq(w, H, fmt, **options) for w, H in zip(np.split(np.asarray(w_OI), groups), np.asarray(H_GII))]
-    return jnp.concatenate([p.w_hat_OI for p in parts]), sum(p.error for p in parts)
 
 
 # -- the solvers ------------------------------------------------------------------------------------------------------

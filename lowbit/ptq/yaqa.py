@@ -14,13 +14,8 @@ expected outer product is the Fisher matrix, the Hessian of the divergence), `H_
 each further round weighs them with the last one's other factor (power iteration).
 """
 
-import dataclasses
-import hashlib
 import math
-import re
-from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -31,20 +26,13 @@ from jaxtyping import Array, Float, Int
 from lowbit import tree as trees
 from lowbit.errors import InputError
 from lowbit.formats.base import Format, Params, QTensor
-from lowbit.formats.fake_quant import PreparedInput
 from lowbit.linalg.block_ldl import damped
-from lowbit.models import hf
-from lowbit.models.cache import CacheSite, attach
 from lowbit.models.config import ModelConfig
 from lowbit.models.decoder import forward
-from lowbit.models.model import Model
-from lowbit.plan import INPUT, Plan
-from lowbit.ptq import rtn
-from lowbit.ptq.base import Solver, register
-from lowbit.ptq.calibrate import Readers, length_of, readers_of, tokenize
-from lowbit.ptq.folder import Block, quantize_folder
+from lowbit.ptq import modelwise, rtn
+from lowbit.ptq.base import register
 from lowbit.ptq.gptq import check_format
-from lowbit.ptq.layerwise import Solved, note
+from lowbit.ptq.layerwise import Solved
 from lowbit.ptq.options import YaqaOptions
 from lowbit.tree import Tree
 from lowbit.vq.incoherent import Incoherent
@@ -226,7 +214,7 @@ def sketches(
     Raises `InputError` naming the weight whose gradient is not finite, or is 0 throughout.
     """
     flat = dict(trees.items(params))
-    weights = {p: jnp.asarray(_weight(flat[p]), jnp.float32) for p in paths}
+    weights = {p: jnp.asarray(modelwise.weight(flat[p]), jnp.float32) for p in paths}
     found: dict[str, Sketch] | None = None
     for _ in range(rounds):
         sums = {p: Sketch(*(jnp.zeros((n, n), jnp.float32) for n in w.shape[::-1])) for p, w in weights.items()}
@@ -241,10 +229,6 @@ def sketches(
                 raise InputError(f"the gradient of {path} is {what} (allowed: finite, not 0)")
             found[path] = Sketch(H_II / jnp.mean(jnp.diagonal(H_II)), H_OO / jnp.mean(jnp.diagonal(H_OO)))
     return found or {}
-
-
-def _weight(leaf: Any) -> Any:
-    return leaf.w if isinstance(leaf, PreparedInput) else leaf
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=5)
@@ -280,101 +264,14 @@ def _add_sequence(
 # -- the solver -------------------------------------------------------------------------------------------------------
 
 
-def quantize(
-    model: Model,
-    assignment: Mapping[str, Any],
-    documents: list[str] | None = None,
-    progress: Callable[[int, int], None] | None = None,
-    **options: Any,
-) -> Tree:
-    """The model's parameters with the sites of `assignment` packed. Hessians are those of the model as it is; weights
-    outside of the layers are rounded to nearest. Options are those of `YaqaOptions`. Raises `InputError`."""
-    params, assignment = attach(model.params, assignment)
-    rtn.check_paths(params, assignment)
-    opts = YaqaOptions(**options)
-    flat: dict[str, Any] = {}
-    readers = readers_of(params)
-    solver = _Blocks(model.config, readers, lambda: params, assignment, documents, model.tokenizer, opts)
-    for n, (path, read) in enumerate(readers.items(), 1):
-        flat |= solver.solve({path: read})
-        if progress is not None:
-            progress(n, len(readers))
-    return trees.build(flat)
+def _find(
+    config: ModelConfig, params: Tree, paths: tuple[str, ...], tokens_BT: Any, options: YaqaOptions
+) -> dict[str, Sketch]:
+    return sketches(config, params, paths, tokens_BT, options.rounds, options.seed)
 
 
-def quantize_dir(
-    src: str | Path,
-    plan: Plan | Mapping[str, Any],
-    out: str | Path,
-    progress: Callable[[int, int], None] | None = None,
-    documents: list[str] | None = None,
-    **options: Any,
-) -> None:
-    """`quantize` from a folder into a packed folder, layer by layer (see `lowbit.ptq.folder`). The Hessians need the
-    whole model in memory once; after an interruption they are computed again, to the same bits."""
-    src, opts = Path(src), YaqaOptions(**options)
-    config = hf.load_config(src)
-    assignment = plan.resolve(config.shapes()) if isinstance(plan, Plan) else dict(plan)
-    whole, tokenizer = (lambda: hf.load_hf(src).params), hf.load_tokenizer(src)
-    solver = _Blocks(config, hf.readers(src), whole, assignment, documents, tokenizer, opts)
-    text = hashlib.sha256(solver.tokens_BT.tobytes()).hexdigest()
-    key = {"solver": "yaqa", "options": dataclasses.asdict(opts), "tokens": text}
-    quantize_folder(src, Path(out), solver, assignment, key, progress)
+def _solve_weight(w_OI: Any, sketch: Sketch, fmt: Format, options: YaqaOptions, name: str) -> Solved:
+    return yaqa(w_OI, sketch, fmt, damping=options.damping, name=name)
 
 
-class _Blocks:
-    """YAQA at work on a model, block after block (see `lowbit.ptq.folder.SolveBlock`)."""
-
-    def __init__(
-        self,
-        config: ModelConfig,
-        readers: Readers,
-        params: Callable[[], Tree],
-        assignment: Mapping[str, Any],
-        documents: list[str] | None,
-        tokenizer: Any,
-        options: YaqaOptions,
-    ):
-        if documents is None:
-            raise InputError("solver yaqa without calibration text (allowed: documents)")
-        for fmt in {f for f in assignment.values() if isinstance(f, Format)}:
-            check_format(fmt, "yaqa")
-        self.config, self.params, self.assignment, self.options = config, params, assignment, options
-        length = length_of(config, options.length)
-        self.tokens_BT = tokenize(documents, tokenizer, options.rows, length, options.seed)
-        self.stored = rtn.ranges(config, readers, tokenizer, assignment, documents)
-        self.sketches: dict[str, Sketch] | None = None
-
-    def solve(self, block: Block) -> Iterator[tuple[str, Any]]:
-        for path, read in block.items():
-            leaf = read()
-            if isinstance(leaf, CacheSite):
-                yield path, leaf
-                continue
-            fmt, act = self.assignment.get(path), self.assignment.get(path + INPUT)
-            if fmt is None or not re.match(r"model\.layers\.\d+\.", path):
-                if fmt is not None:
-                    note(f"{path} is outside of the layers: rounded to nearest")
-                yield path, rtn.quantize_leaf(path, leaf, self.assignment, self.stored)
-                continue
-            rtn.check_leaf(path, leaf, fmt, act)
-            r = yaqa(_weight(leaf), self._sketch(path), fmt, damping=self.options.damping, name=path)
-            if r.damping != self.options.damping:
-                note(f"{path}: its Hessian needed damping {r.damping:g} instead of {self.options.damping:g}")
-            leaf = rtn.with_weight(leaf, r.q)
-            yield path, leaf if act is None else rtn.with_act(leaf, act, self.stored.get(path))
-
-    def passed(self, block: Block) -> None:
-        pass
-
-    def _sketch(self, path: str) -> Sketch:
-        if self.sketches is None:
-            known = self.config.shapes()
-            wanted = (p for p, f in self.assignment.items() if isinstance(f, Format) and p in known)
-            paths = tuple(p for p in wanted if re.match(r"model\.layers\.\d+\.", p))
-            o = self.options
-            self.sketches = sketches(self.config, self.params(), paths, self.tokens_BT, o.rounds, o.seed)
-        return self.sketches[path]
-
-
-register(Solver("yaqa", quantize, quantize_dir, calibrates=True))
+register(modelwise.solver(modelwise.Method("yaqa", YaqaOptions, _find, _solve_weight, check_format)))

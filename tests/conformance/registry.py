@@ -27,8 +27,8 @@ rht:rows:ternary:channel rht128:blocks:int2:channel:midrise""".split()
 MOST = """bf16 int1:g64 int2:g64:midrise:mse:paretoq ternary:channel:paretoq
 int2:tensor:asym:mse int3:g64:asym:rounded int4:g64 int4:g64:clip:bf16 ternary:tensor
 q4_0 q4_1 tq1_0 q4_k q6_k:absmax:fixed2 mxfp4:mse:clip nf4:dq rht:f16:int4:g64:clip
-aqlm:2x4:g4 nuq2 e8p2 e8p3 e8p4
-trellis2:mcg:l10 trellis2:hyb:l10 trellis2.5:mul1:l10""".split()
+aqlm:2x4:g4 nuq2 e8p2 e8p4
+trellis2:mcg:l10 trellis2:hyb:l10""".split()
 REST = [n for n in NAMES if n not in MOST]
 
 

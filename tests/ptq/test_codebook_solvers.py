@@ -17,7 +17,7 @@ from lowbit.ptq import rtn
 from lowbit.ptq.gptq import gptq, quadratic_error
 from lowbit.ptq.options import AqlmOptions, LnqOptions, VptqOptions
 from lowbit.ptq.refit import error_of, refit
-from lowbit.ptq.vptq import guided, vptq
+from lowbit.ptq.vptq import vptq
 from tests.ptq.test_gptq import correlated, weight
 
 
@@ -180,21 +180,6 @@ def test_refit_is_the_least_squares_solution(name):
 
 
 @pytest.mark.slow
-def test_guided_solves_each_group_of_outputs_by_its_own_hessian():
-    fmt, w = formats.get("nuq2"), weight(8, 32)
-    h = np.stack([correlated(32, seed=s) for s in (1, 2)])
-    w_hat, error = guided(w, h, fmt)
-    parts = [vptq(w[4 * g : 4 * g + 4], h[g], fmt) for g in range(2)]
-    np.testing.assert_array_equal(w_hat, np.concatenate([p.w_hat_OI for p in parts]))
-    assert error == pytest.approx(sum(p.error for p in parts))
-    shared = vptq(w, h.mean(0), fmt).w_hat_OI
-    assert error < sum(quadratic_error(w[4 * g : 4 * g + 4], shared[4 * g : 4 * g + 4], h[g]) for g in range(2))
-    with pytest.raises(InputError, match="3 groups of 8 outputs"):
-        guided(w, h[[0, 1, 0]], fmt)
-    with pytest.raises(InputError, match="allowed: nuq1 .. nuq4"):
-        guided(w, h, formats.get("vptq:v4:k4"))
-
-
 def test_bad_input():
     fmt, w, h = formats.get("aqlm:1x4:g4"), weight(16, 32), correlated(32)
     with pytest.raises(InputError, match=r"Hessian of x\.y holds NaN"):

@@ -17,7 +17,7 @@ from lowbit.models.hf import load_hf, save_hf
 from lowbit.plan import Plan
 from lowbit.ptq import base as solvers
 from lowbit.ptq.gptq import gptq
-from lowbit.ptq.yaqa import Sketch, quantize, sketches, yaqa
+from lowbit.ptq.yaqa import Sketch, sketches, yaqa
 from lowbit.vq.incoherent import Incoherent
 from tests.export.small_models import byte_model
 from tests.models.tiny import forward, tiny
@@ -157,20 +157,27 @@ def test_weights_that_get_no_gradient_are_refused():
 def test_text_is_needed():
     model = tiny(num_layers=1)
     with pytest.raises(InputError, match="solver yaqa without calibration text"):
-        quantize(model, Plan.uniform("int4").resolve(model.config.shapes()))
+        solvers.get("yaqa").quantize(model, Plan.uniform("int4").resolve(model.config.shapes()))
     assert not any(isinstance(a, QTensor) for _, a in trees.items(model.params))
 
 
 TEXT = ["The quick brown fox jumps over the lazy dog. " * 8, "Pack my box with five dozen liquor jugs! " * 8]
 
 
-@pytest.mark.parametrize("solver", ["yaqa", pytest.param("ldlq", marks=pytest.mark.slow)])
-def test_folder_equals_memory_and_resumes(solver, tmp_path, capsys):
-    """Rotated weights through a folder, an interruption and the command, to the bits of the model in memory."""
+@pytest.mark.parametrize(
+    "solver, fmt",
+    [
+        ("yaqa", "rht:int4:g32"),
+        pytest.param("ldlq", "rht:int4:g32", marks=pytest.mark.slow),
+        pytest.param("guided", "int4:g32", marks=pytest.mark.slow),
+    ],
+)
+def test_folder_equals_memory_and_resumes(solver, fmt, tmp_path, capsys):
+    """Weights through a folder, an interruption and the command, to the bits of the model in memory."""
     m = byte_model(hidden_size=64, intermediate_size=64, head_dim=16, num_kv_heads=4, num_layers=1)
     save_hf(m, tmp_path / "src")
     m, solve = load_hf(tmp_path / "src"), solvers.get(solver)
-    plan, options = Plan.uniform("rht:int4:g32"), {"rows": 3, "length": 32}
+    plan, options = Plan.uniform(fmt), {"rows": 3, "length": 32}
     text = "".join(TEXT)
     wanted = dict(trees.items(solve.quantize(m, plan.resolve(m.config.shapes()), [text], **options)))
     with pytest.raises(Interrupted):
@@ -178,7 +185,7 @@ def test_folder_equals_memory_and_resumes(solver, tmp_path, capsys):
     solve.quantize_dir(tmp_path / "src", plan, tmp_path / "out", None, [text], **options)
     same(dict(trees.items(load_hf(tmp_path / "out").params)), wanted)
     (tmp_path / "calib.txt").write_text(text)
-    args = ["quantize", str(tmp_path / "src"), "--format", "rht:int4:g32", "--solver", solver, "--out"]
+    args = ["quantize", str(tmp_path / "src"), "--format", fmt, "--solver", solver, "--out"]
     args += [str(tmp_path / "again"), "--calib", str(tmp_path / "calib.txt"), f"--{solver}.length", "32"]
     assert main([*args, f"--{solver}.rows", "5000"]) == 2 and "needed: 160000 tokens" in capsys.readouterr().err
     assert main([*args, f"--{solver}.rows", "3", "--json"]) == 0

@@ -106,6 +106,7 @@ def test_gradient_goes_through_the_rotation():
     np.testing.assert_allclose((x @ dense.T) @ q.w.w.T, x @ w.T, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_warm_up_starts_at_the_unquantized_model_and_ends_at_the_quantized_one():
     tree = qat.get("bitnet").prepare(params(1), TERNARY)
     full, none = (logits(mixed(tree, jnp.float32(m)), TOKENS, CONFIG) for m in (1.0, 0.0))
@@ -155,6 +156,7 @@ class Killed(Exception):
 
 
 @pytest.mark.parametrize("stop", [2, pytest.param(1, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_stages_keep_the_optimizer_and_resume_to_the_same_bits(tmp_path, stop: int):
     """a4.8: the same latents and moments, other inputs; killed before, at and after the change."""
     settings = TrainConfig(steps=4, batch_size=4, lr=1e-2, save_every=1, log_every=1, keep=9)

@@ -139,6 +139,7 @@ def test_codes_survive_any_scale():
         dataclasses.replace(coded, params={"scale": jnp.asarray(scale * 1e6 / 60000)}).check_values()
 
 
+@pytest.mark.slow
 def test_end_to_end_learns_scales_alone(model, tmp_path):
     """Through the ordinary loop: a resumed run too, packed logits bit for bit, only scales moved."""
     recipe = qat.get("e2e-qp")

@@ -135,6 +135,7 @@ def test_refused_before_anything_is_written(here, capsys, words, text):
     assert not Path("never").exists()
 
 
+@pytest.mark.slow
 def test_stages_by_rules_and_formats_resume(here, capsys):
     """A run with stages goes on in the stage where its steps ended, to the bits of an undisturbed one."""
     Path("two.toml").write_text('[[rule]]\nmatch = "model.layers.*_proj"\nformat = "int2:g8"\n')

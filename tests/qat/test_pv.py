@@ -75,7 +75,9 @@ def test_a_revision_moves_the_largest_that_change_and_no_more(name):
 
 
 @pytest.mark.parametrize(
-    "name", ["e8p2", "trellis2:mcg:l8", "rht:f16:e8p2", "rht:trellis2:hyb:l8", "aqlm:2x4:g4", "vptq:v4:k16"]
+    "name",
+    ["rht:f16:e8p2", "trellis2:mcg:l8"]
+    + [pytest.param(n, marks=pytest.mark.slow) for n in ("e8p2", "rht:trellis2:hyb:l8", "aqlm:2x4:g4", "vptq:v4:k16")],
 )
 def test_codes_of_vectors_move_where_they_should(name):
     """The forward pass at what moved is nearer to the target by what the tiles were off; all else is as it was."""

@@ -65,8 +65,9 @@ def test_shapes_that_cannot_be():
     "name, shape",
     [
         ("rht:int4:g32:f32", (12, 96)),  # products of inner codes and scales that are not exact
-        ("rht:dct:f16:int3:g8:mse", (20, 104)),  # a DCT's products
-        ("rht:f16:q4_k:absmax", (92, 256)),  # a core that is not symmetric, an addition in the inner decoder
+        pytest.param("rht:dct:f16:int3:g8:mse", (20, 104), marks=pytest.mark.slow),  # a DCT's products
+        # A core that is not symmetric, an addition in the inner decoder.
+        pytest.param("rht:f16:q4_k:absmax", (92, 256), marks=pytest.mark.slow),
     ],
 )
 def test_train_law_where_products_are_rounded(name, shape):

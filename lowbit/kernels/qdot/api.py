@@ -1,4 +1,4 @@
-"""Dispatch on what the weight is: an array, packed codes, a weight in training, or one with an adapter."""
+"""Dispatch on what the weight is: an array, packed codes, a weight in training, one with an adapter, or a probe."""
 
 from typing import Any
 
@@ -9,8 +9,9 @@ from jaxtyping import Array, Float
 from lowbit.formats.adapter import Adapter
 from lowbit.formats.base import Coded, Latent, QTensor
 from lowbit.formats.fake_quant import PreparedInput
+from lowbit.kernels.qdot.probe import Probe, probed
 
-Weight = Array | QTensor | Latent | Coded | Adapter | PreparedInput
+Weight = Array | QTensor | Latent | Coded | Adapter | PreparedInput | Probe
 EXACT = 2**24  # whole numbers up to here are exact in float32
 
 
@@ -53,6 +54,8 @@ def qdot(x_BTI: Float[Array, "*batch I"], w: Weight) -> Float[Array, "*batch O"]
 
 
 def _product(x_BTI: Array, w: Weight) -> Array:
+    if isinstance(w, Probe):
+        return probed(x_BTI, dense(w.w).astype(x_BTI.dtype), w.sums_GII)
     return _dot(x_BTI, dense(w).astype(x_BTI.dtype))
 
 
