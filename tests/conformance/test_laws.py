@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from battery import SHAPE, same_bits, same_tree
-from registry import MOST, NAMES, REST, SPARE, W, X, by_operation, encoded, every, most, over
+from registry import MOST, NAMES, REST, SPARE, W, X, by_operation, encoded, every, everyone, most, over
 
 from lowbit.export import gguf_types, translate
 from lowbit.formats import base
@@ -26,7 +26,7 @@ from lowbit.kernels.qdot import qdot
 # -- law 1: fake_quant is decode of encode, bit for bit ---------------------------------------------------------------
 
 
-@most
+@everyone
 def test_train_law(name: str):
     fmt = base.get(name)
 

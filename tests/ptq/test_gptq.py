@@ -97,8 +97,8 @@ def test_formats_that_need_all_columns_are_refused(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [n for n in formats.names() if formats.get(n).idempotent])
-def test_every_format_in_act_order(name):
+@pytest.mark.parametrize("name", [p.values[0] for p in every_format() if not p.marks])
+def test_every_family_in_act_order(name):
     fmt = formats.get(name)
     solves(fmt, weight(16, 256), correlated(256), True, 1.1 if isinstance(fmt, Codebooks) else 1.0)
 

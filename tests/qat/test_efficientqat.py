@@ -424,9 +424,12 @@ def test_refusals(model, whole, tmp_path):
         recipe.prepare(model.params, {"nothing": FMT})
 
 
+FIRST = {n.split(":")[0]: n for n in reversed(base.names()) if n not in ("bf16", "fp16", "f32")}  # of each family
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [n for n in base.names() if n not in ("bf16", "fp16", "f32")])
-def test_every_format_with_scales_keeps_its_codes(name):
+@pytest.mark.parametrize("name", FIRST.values())
+def test_every_family_with_scales_keeps_its_codes(name):
     fmt = base.get(name)
     q = fmt.encode(jnp.asarray(np.random.default_rng(0).standard_normal((32, 256)), jnp.float32))
     if name.startswith("mxfp4") or name.endswith(":dq"):  # their scales are codes
