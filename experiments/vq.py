@@ -10,7 +10,6 @@ Expected numbers: docs/vq.md
 """
 
 import dataclasses
-import re
 import sys
 import time
 from functools import partial
@@ -113,7 +112,9 @@ class Case(NamedTuple):
 
 def parse(row: str) -> Case:
     """What a row names, all known. Raises `InputError`."""
-    solver, fmt, *more = row.split() if len(row.split()) > 1 else (row, "")
+    if len(row.split()) < 2:
+        raise InputError(f"row {row!r} (allowed: SOLVER FORMAT [OPTION=VALUE ...] [RECIPE], as 'ldlq rht:e8p2 ft')")
+    solver, fmt, *more = row.split()
     solvers.get(solver)
     options: dict[str, Any] = {}
     while more and "=" in more[0]:
@@ -121,7 +122,11 @@ def parse(row: str) -> Case:
         known = [f.name for f in dataclasses.fields(OPTIONS[solver])] if solver in OPTIONS else []
         if key not in known:
             raise unknown(f"option of solver {solver}", key, known)
-        options[key] = value if not re.fullmatch(r"[\d.e-]+", value) else float(value) if "." in value else int(value)
+        kind = type(getattr(OPTIONS[solver](), key))
+        try:
+            options[key] = kind(value)
+        except ValueError:
+            raise InputError(f"row {row!r}: {key} is {value!r} (allowed: {kind.__name__})") from None
     if options:
         OPTIONS[solver](**options)
     if len(more) > 1:

@@ -58,8 +58,8 @@ class Train:
     """Format of the values alone."""
     recipe: str = "ste"
     """ste: scales follow the weights; ste-learned: scales are trained; block-ap: block by block; e2e-qp: scales alone,
-    codes fixed; efficientqat: block-ap, then e2e-qp; block-ft, e2e-ft, ft: everything but codes; pv: codes too, a few
-    at a time; qlora, loftq, qa-lora: only adapters, with keys for rank, alpha
+    codes fixed; efficientqat: block-ap, then e2e-qp; block-ft, e2e-ft, ft: everything but codes; e2e-pv: codes too,
+    a few at a time, pv: after block-ft; qlora, loftq, qa-lora: only adapters, with keys for rank, alpha
     and linears (qlora:r16:a32:q+v); llm-qat, lsq, lsq+, paretoq, dorefa, pact, bitnet, bitnet-a4.8, bitnet-v2, parq,
     binary-relax: as published (docs/qat.md)."""
     stages: Annotated[tuple[str, ...], tyro.conf.arg(metavar="STEP:FORMAT")] = ()

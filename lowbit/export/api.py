@@ -99,7 +99,7 @@ def export(
         compared = _compare_hf(source, dtype, out, kind == "packed", layout)
         report["weights"], report["rounded"], largest = compared
         if largest:
-            report["notes"].append(f"scales in the layout's fp16: weights differ by up to {largest:.2g} of the largest")
+            report["notes"].append(f"rounded in the layout: weights differ by up to {largest:.2g} of the largest")
         kinds = stored_kinds(out).values()
         report["types"] = _count(k.name if isinstance(k, Format) else k for k in kinds)
     report["bytes"] = size(out)

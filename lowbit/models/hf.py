@@ -290,7 +290,7 @@ def _read_config(folder: Path) -> tuple[dict[str, Any], ModelConfig, dict[str, A
     raw = read_json(folder / "config.json")
     method = method_of(raw)
     if method not in (None, "lowbit", *LAYOUTS):
-        raise unknown("quant_method in config.json", method, ("lowbit", *LAYOUTS))
+        raise unknown("quant_method in config.json", method, ("lowbit", "aqlm", "vptq", "exl3"))
     quant = raw["quantization_config"] if method == "lowbit" else None
     if quant is not None and quant.get("version") != VERSION:
         raise InputError(f"config.json: packed version {quant.get('version')!r} (allowed: {VERSION})")

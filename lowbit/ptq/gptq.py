@@ -99,7 +99,9 @@ def _rotated(fmt: Incoherent, w_OI: Array, H_II: Any, dead: int, options: dict[s
     own = fmt.signs(jnp.asarray(w_OI))
     r = gptq(_enter(fmt, w_OI, own), fmt.hessian(H_II, own), fmt.inner, **options)
     q = QTensor(_wrap(fmt, r.q.arrays, own), fmt, r.q.shape, "float32")
-    return r._replace(q=q, w_hat_OI=q.decode(), dead=dead)
+    w_hat = q.decode()
+    error = r.error if not fmt.balanced else float(quadratic_error(w_OI, w_hat, H_II))  # rows had lost their sizes
+    return r._replace(q=q, w_hat_OI=w_hat, error=error, dead=dead)
 
 
 @partial(jax.jit, static_argnums=0)

@@ -4,10 +4,10 @@ outputs.
 The loss to second order, with the Fisher matrix's blocks of single outputs, asks for `sum_o d_o^T H_o d_o`,
 `H_o = sum_t (dloss / dz_to)^2 x_t x_t^T`; one matrix for each of G equal groups of outputs, the mean of its members',
 stands for all of them (section 3). Gradients are those of the text's own cross-entropy in the unquantized model. Each
-group is rounded by its Hessian as a weight of its own: scalar codebooks by LNQ (`lowbit.ptq.vptq`), even grids by GPTQ.
+group is rounded by its Hessian as a weight of its own: scalar codebooks by LNQ (`lowbit.ptq.vptq`), grids with scales
+for rows or groups by GPTQ.
 """
 
-import math
 from functools import partial
 from typing import Any
 
@@ -63,7 +63,7 @@ def check_format(fmt: Format, solver: str) -> None:
     scalar = isinstance(fmt, Vector) and fmt.rows == fmt.size == 1
     alone = isinstance(fmt, Uniform) and fmt.idempotent and fmt.tile[0] == 1
     if not scalar and (not alone or getattr(fmt, "granularity", None) == "tensor"):
-        allowed = "nuq1 .. nuq4, even grids with scales for rows or groups"
+        allowed = "nuq1 .. nuq4, grids with scales for rows, groups or blocks"
         raise InputError(f"format {fmt.name!r} with solver {solver} (allowed: {allowed})")
 
 
@@ -82,11 +82,11 @@ def hessians(
     for row in tokens_BT:
         sums = _add_sequence(config, flat, jnp.asarray(row), sums)
     for path, H_GII in sums.items():
-        size = float(jnp.mean(jnp.diagonal(H_GII, axis1=1, axis2=2)))
-        if not math.isfinite(size) or size == 0:
-            what = "0 on all of the text" if size == 0 else "not finite"
-            raise InputError(f"the gradient of {path} is {what} (allowed: finite, not 0)")
-        sums[path] = H_GII / size
+        sizes = np.asarray(jnp.mean(jnp.diagonal(H_GII, axis1=1, axis2=2), axis=1), np.float64)
+        for g in np.flatnonzero(~np.isfinite(sizes) | (sizes == 0)):
+            what = "0 on all of the text" if sizes[g] == 0 else "not finite"
+            raise InputError(f"the gradient of {path}, group {g} of its outputs, is {what} (allowed: finite, not 0)")
+        sums[path] = H_GII / sizes.mean()
     return sums
 
 

@@ -147,6 +147,8 @@ class _Blocks:
                 continue
             rtn.check_leaf(path, leaf, fmt, act)
             r = self.method.solve(weight(leaf), self._found(path), fmt, self.options, path)
+            if r.dead:
+                note(f"{path}: {r.dead} input channels have no part in the loss; weights set to 0")
             if r.damping != self.options.damping:
                 note(f"{path}: its Hessian needed damping {r.damping:g} instead of {self.options.damping:g}")
             leaf = rtn.with_weight(leaf, r.q)
@@ -166,5 +168,6 @@ class _Blocks:
             }
             count = self.options.layers or self.config.num_layers
             paths = tuple(p for p, i in layers.items() if i // count == layers[path] // count)
+            self.found = {}  # before the next part is computed
             self.found = self.method.find(self.config, self.params(), paths, self.tokens_BT, self.options)
         return self.found[path]

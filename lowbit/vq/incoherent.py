@@ -38,7 +38,7 @@ class Incoherent(Format):
     Stored: the inner format's arrays, and the signs as packed bits (`(O + I) / (O I)` bits per weight, padded to bytes)
     or as fp16. The codes are the inner format's. A bit's sign is not trained: its gradient is 0.
 
-    Solvers work in the rotated space: `signs(shape)`, `enter`, `hessian` and then `wrap` with the inner format's codes.
+    Solvers work in the rotated space: `signs(w)`, `enter`, `hessian` and then `wrap` with the inner format's codes.
     A block of its columns is not a block of the weight's, so those that round weights as they are refuse it
     (`idempotent` is False).
     """
@@ -47,8 +47,12 @@ class Incoherent(Format):
     block: int | None = None
     fallback: str = "refuse"
     trained: bool = False  # whether the sign vectors are fp16
-    balanced: bool = False  # whether those of the outputs begin as the rows' RMS
+    balanced: bool = False  # and whether those of the outputs begin as the rows' RMS
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.balanced and not self.trained:
+            raise FormatError("rows' sizes in signs of one bit (allowed: with fp16 signs)")
 
     @property
     def name(self) -> str:
@@ -136,7 +140,7 @@ class Incoherent(Format):
         return {**self.inner.stored(_inner(params)), **self.stored_signs(params)}
 
     def stored_signs(self, params: Params) -> Params:
-        """The sign vectors as kept: +1 and -1, or (`f16`) rounded to fp16, away from 0 and finite."""
+        """The sign vectors as kept: +1 and -1, or (`f16`, `rows`) rounded to fp16, away from 0 and finite."""
         out = {}
         for k in SIGNS:
             sign = jnp.where(params[k] < 0, -1.0, 1.0).astype(jnp.float32)

@@ -140,8 +140,9 @@ class TrellisFormat(Format):
         norms_PQ: Float[Array, "P Q"],
         count: int,
     ) -> Int[Array, "R N"]:
-        """As any format's, but a path is searched for the tiles of largest norm alone."""
-        tiles = jax.lax.top_k(norms_PQ.reshape(-1), count)[1]
+        """As any format's, but paths are searched for the tiles of largest norm alone, four times as many as may
+        change, so that those whose path stays do not keep the others from changing."""
+        tiles = jax.lax.top_k(norms_PQ.reshape(-1), min(norms_PQ.size, 4 * count))[1]
         x_ZNV = self.paths(w_OI / stored["scale"])[tiles]
         new = inputs_of(self.trellis, tail_biting(self.trellis, self.table(stored), x_ZNV, around=AROUND))[:, ::-1]
         old = rearrange(codes, "r (c n) -> (r c) n", n=T // self.V)

@@ -212,6 +212,12 @@ SETTINGS = [
     ("quip", ("quip_params", "resid_scale_override"), 99, "resid_scale_override is 99"),
     ("qtip", ("quip_params", "decode_mode"), "2mad", "unknown decode_mode of quip_params '2mad'"),
     ("qtip", ("quip_params", "td_x"), 8, r"td_x is 8 \(allowed: 16\)"),
+    ("qtip", ("quip_params", "K_v_proj"), 2.5, r"K_v_proj is 2.5 \(allowed: 1 to 8\)"),
+    ("qtip", ("quip_params", "skip_list"), 3, "skip_list is 3 .allowed: a list or null"),
+    ("qtip", ("quip_params", "decode_mode"), ["x"], "unknown decode_mode of quip_params"),
+    ("quip", ("quip_params", "codebook"), ["x"], "unknown codebook of quip_params"),
+    ("quip", ("quip_params", "resid_scale_override"), True, "resid_scale_override is True"),
+    ("aqlm", ("quantization_config", "quant_method"), "quip", "quant_method is 'quip' without quip_params"),
     ("qtip", ("quip_params", "K"), 2.5, r"K is 2.5 \(allowed: 1 to 8\)"),
 ]
 

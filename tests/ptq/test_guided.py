@@ -43,7 +43,7 @@ def test_bad_input():
     with pytest.raises(InputError, match="weight: 3 groups of 8 outputs"):
         guided(W, H[[0, 1, 0]], formats.get("nuq2"))
     for name in ("vptq:v4:k4", "int4:tensor", "e8p2", "rht:int4:g32"):
-        with pytest.raises(InputError, match=f"format '{name}.* with solver guided .allowed: nuq1 .. nuq4, even grids"):
+        with pytest.raises(InputError, match=f"format '{name}.* with solver guided .allowed: nuq1 .. nuq4, grids"):
             guided(W, H, formats.get(name))
     with pytest.raises(InputError, match="guided groups is 0"):
         GuidedOptions(groups=0)
@@ -51,8 +51,12 @@ def test_bad_input():
     path = "model.layers.0.self_attn.o_proj"
     with pytest.raises(InputError, match=f"{path}: 5 groups of 32 outputs"):
         hessians(model.config, model.params, (path,), TOKENS, 5)
+    gate = "model.layers.0.mlp.gate_proj"
+    params = trees.map_leaves(lambda p, a: a.at[:, 24:].set(0) if p.endswith("down_proj") else a, model.params)
+    with pytest.raises(InputError, match=f"gradient of {gate}, group 1 of its outputs, is 0 on all"):
+        hessians(model.config, params, (gate,), TOKENS[:1], 2)
     params = trees.map_leaves(lambda p, a: a * 0 if p.endswith("v_proj") else a, model.params)
-    with pytest.raises(InputError, match=f"gradient of {path} is 0 on all of the text"):
+    with pytest.raises(InputError, match=f"gradient of {path}, group 0 of its outputs, is 0 on all"):
         hessians(model.config, params, (path,), TOKENS[:1], 2)
 
 

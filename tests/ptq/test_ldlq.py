@@ -103,6 +103,12 @@ def test_rotated_formats_are_solved_in_their_space(inner):
     assert quadratic_error(W, r.w_hat_OI, H) < 0.8 * quadratic_error(W, fmt.encode(jnp.asarray(W)).decode(), H)
 
 
+def test_the_error_counts_the_sizes_of_rows():
+    w = W * np.geomspace(0.1, 10, len(W), dtype=np.float32)[:, None]
+    r = gptq(w, H, formats.get("rht:rows:int2:g16"))
+    assert r.error == pytest.approx(quadratic_error(w, r.w_hat_OI, H), rel=1e-3)
+
+
 def test_rotated_formats_count_dead_channels_and_refuse_what_their_inner_does():
     h = H.copy()
     h[[3, 10]] = h[:, [3, 10]] = 0

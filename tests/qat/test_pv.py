@@ -97,6 +97,19 @@ def test_codes_of_vectors_move_where_they_should(name):
     assert all(np.array_equal(a, again.arrays[k]) for k, a in c.arrays.items())
 
 
+def test_a_trellis_searches_more_tiles_than_may_change():
+    """So that tiles whose path stays do not keep the others from changing."""
+    fmt = base.get("trellis2:mcg:l8")
+    w = jnp.asarray(np.random.default_rng(0).standard_normal((2, 64, 64)), jnp.float32)
+    codes, stored = fmt.encode(w[0]).codes()
+    norms = jnp.asarray(np.random.default_rng(1).permutation(16).reshape(4, 4) + 1, jnp.float32)
+    new, whole = (np.asarray(f) for f in (fmt.nearest(codes, stored, w[1], norms, 2), fmt.quantize(w[1], stored)))
+    moved = (new != np.asarray(codes)).reshape(4, 1, 4, 256).any((1, 3))
+    np.testing.assert_array_equal(moved, norms > 8)
+    tile = moved.repeat(256, axis=1)
+    assert np.mean(new[tile] == whole[tile]) > 0.9  # tail-biting passes may end on another path
+
+
 def test_training_changes_few_codes_and_resumes_to_the_same_bits(tmp_path):
     recipe = qat.get("pv")
     assignment = Plan.uniform("int2:g16").resolve(CONFIG.shapes())

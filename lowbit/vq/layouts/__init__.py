@@ -27,7 +27,10 @@ def method_of(raw: dict[str, Any]) -> str | None:
     if (params := raw.get("quip_params")) is not None:
         return "qtip" if "decode_mode" in params else "quip"
     quant = raw.get("quantization_config")
-    return None if quant is None else str(quant.get("quant_method"))
+    method = None if quant is None else str(quant.get("quant_method"))
+    if method in ("quip", "qtip"):
+        raise InputError(f"config.json: quant_method is {method!r} without quip_params (allowed: both)")
+    return method
 
 
 __all__ = ["LAYOUTS", "Entry", "Layout", "Written", "method_of"]

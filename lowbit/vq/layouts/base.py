@@ -115,6 +115,14 @@ def whole(value: Any, low: int, high: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
 
 
+def check(path: str, fmt: Format, shape: Shape) -> None:
+    """`fmt.check` with the weight's name."""
+    try:
+        fmt.check(shape)
+    except FormatError as e:
+        raise InputError(f"{path}: {e}") from e
+
+
 def inside_layers(path: str) -> re.Match[str] | None:
     """Groups: the layer's number, and the linear's name."""
     return re.fullmatch(r"model\.layers\.(\d+)\.(.*)", path)

@@ -31,6 +31,7 @@ from lowbit.vq.layouts.base import (
     Entry,
     Layout,
     Shape,
+    check,
     codes_of,
     common_scale,
     inside_layers,
@@ -115,10 +116,12 @@ class Qtip(Layout):
         words = trellis_pack.to_qtip(states, width, inner.L)
         if inner.order == "qtip":
             words = trellis_pack.to_qtip_kernel(words, q.shape)
+        SV_O = (sv * (scale * UNITS.get(inner.code, 1.0))).astype(np.float32)
+        _split(SV_O, inner.code)  # what could not be read back is refused before it is written
         out = {
             "trellis": words,
             "SU": to_half(su, "SU"),
-            "SV": (sv * (scale * UNITS.get(inner.code, 1.0))).astype(np.float32),
+            "SV": SV_O,
             "rcp": np.array(0, np.int64),
             "tp_rank": np.array(8, np.int64),
         }
@@ -127,7 +130,7 @@ class Qtip(Layout):
     def entries(self, raw: dict[str, Any], shapes: Mapping[str, Shape], stored: Any) -> dict[str, Entry]:
         params = raw[WHERE]
         codes = {mode: code for code, mode in MODES.items()}
-        if params["decode_mode"] not in codes:
+        if not isinstance(params["decode_mode"], str) or params["decode_mode"] not in codes:
             raise unknown(f"decode_mode of {WHERE}", params["decode_mode"], codes)
         code = codes[params["decode_mode"]]
         L = setting(params, "L", lambda v: whole(v, 4, 20), "4 to 20", WHERE)
@@ -138,16 +141,19 @@ class Qtip(Layout):
         bits = HYB_BITS if code == "hyb" else L
         if code in ("hyb", "lut"):
             setting(params, "tlut_bits", lambda v: v == bits, str(bits), WHERE)
-        skip = params.get("skip_list") or []
+        rates = dict.fromkeys(LINEARS.values(), K)
+        if "K_v_proj" in params:
+            rates["v"] = setting(params, "K_v_proj", lambda v: whole(v, 1, 8), "1 to 8", WHERE)
+        skip = setting(params, "skip_list", lambda v: v is None or isinstance(v, list), "a list or null", WHERE) or []
         out = {}
         for path, (O, I) in shapes.items():
             m = inside_layers(path)
             if not m or m[2] not in LINEARS or f"{m[1]}_{LINEARS[m[2]]}" in skip:
                 continue
-            own = params.get("K_v_proj", K) if LINEARS[m[2]] == "v" else K
+            own = rates[LINEARS[m[2]]]
             name = f"trellis{own}:{code}:l{L}:v{V}"
             fmt = get(f"rht:f16:{name}:{_order(get(name))}")
-            fmt.check((O, I))
+            check(path, fmt, (O, I))
             tensors = {"trellis": ((O * I // T, 16 * own), "int16"), "SU": ((I,), "float16"), "SV": ((O,), "float32")}
             tensors |= {"rcp": ((), "int64"), "tp_rank": ((), "int64")}
             if code in ("hyb", "lut"):
@@ -168,14 +174,7 @@ def _load(fmt: Format, shape: Shape, arrays: Arrays) -> QTensor:
     inner = fmt.inner
     if (found := int(arrays["rcp"])) != 0:
         raise FormatError(f"rcp is {found}, a transform split over devices (allowed: 0)")
-    sv = arrays["SV"].astype(np.float64)
-    if unit := UNITS.get(inner.code):
-        sv = _short(sv / unit, 23)
-        if not np.array_equal((sv * unit).astype(np.float32), arrays["SV"]):
-            sv = np.zeros(1)
-    split = common_scale(sv)
-    if split is None:
-        raise FormatError("SV is no fp16 vector times one number of 12 significant bits (allowed: what rht:f16 holds)")
+    split = _split(arrays["SV"], inner.code)
     words = arrays["trellis"]
     if inner.order == "qtip":
         words = trellis_pack.from_qtip_kernel(words, shape)
@@ -185,6 +184,18 @@ def _load(fmt: Format, shape: Shape, arrays: Arrays) -> QTensor:
     if "tlut" in arrays:
         stored["codebook"] = arrays["tlut"]
     return packed(fmt, shape, codes, stored)
+
+
+def _split(SV_O: np.ndarray, code: str) -> tuple[float, np.ndarray]:
+    """The one scale and the fp16 signs that are `SV`. Raises `FormatError` where there are none."""
+    sv = SV_O.astype(np.float64)
+    if unit := UNITS.get(code):
+        sv = _short(sv / unit, 23)
+        if not np.array_equal((sv * unit).astype(np.float32), SV_O):
+            sv = np.zeros(1)
+    if (split := common_scale(sv)) is None:
+        raise FormatError("SV is no fp16 vector times one number of 12 significant bits (allowed: what rht:f16 holds)")
+    return split
 
 
 def _short(x: np.ndarray, bits: int) -> np.ndarray:

@@ -25,6 +25,7 @@ from lowbit.vq.layouts.base import (
     Entry,
     Layout,
     Shape,
+    check,
     codes_of,
     inside_layers,
     packed,
@@ -99,7 +100,7 @@ class Quip(Layout):
     def entries(self, raw: dict[str, Any], shapes: Mapping[str, Shape], stored: Any) -> dict[str, Entry]:
         params = raw[WHERE]
         names = {book: width for width, (book, *_) in CODEBOOKS.items()}
-        if params.get("codebook") not in names:
+        if not isinstance(params.get("codebook"), str) or params["codebook"] not in names:
             raise unknown(f"codebook of {WHERE}", params.get("codebook"), names)
         setting(params, "lora_rank", lambda v: v == 0, "0", WHERE)
         setting(params, "rescale_WH", lambda v: v is False, "false", WHERE)
@@ -108,8 +109,8 @@ class Quip(Layout):
             inner = E8P()
         else:
             override = params.get("resid_scale_override", -1)
-            scale = override if isinstance(override, int | float) and override > 0 else CODEBOOKS[width][4]
-            if not 1 <= scale <= 16:
+            scale = CODEBOOKS[width][4] if override == -1 else override
+            if isinstance(scale, bool) or not isinstance(scale, int | float) or not 1 <= scale <= 16:
                 raise InputError(f"{WHERE}: resid_scale_override is {override!r} (allowed: 1 to 16, or -1)")
             inner = E8P(width, RHO[width], _residual(width, scale))
         fmt, words = Incoherent(inner=inner, trained=True), {2: (4,), 3: (4, 8), 4: (4, 4)}[width]
@@ -119,7 +120,7 @@ class Quip(Layout):
                 continue
             if O % 16 or I % 64:
                 raise InputError(f"{path} of shape {[O, I]} in QuIP#'s layout (allowed: multiples of 16 and 64)")
-            fmt.check((O, I))
+            check(path, fmt, (O, I))
             tensors = {
                 "Qidxs": ((O, sum(I // 8 // n for n in words)), "int64"),
                 "SU": ((I,), "float16"),
