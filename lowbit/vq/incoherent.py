@@ -26,6 +26,7 @@ from lowbit.errors import InputError, unknown
 from lowbit.formats.base import Format, FormatError, Params, get, register
 from lowbit.formats.floats import LARGEST, SMALLEST_SCALE, round_to
 from lowbit.formats.packing import pack, unpack
+from lowbit.formats.reduce import order_free_mean
 from lowbit.linalg.incoherence import Incoherence, incoherence, signs
 
 SIGNS = ("su", "sv")
@@ -97,7 +98,7 @@ class Incoherent(Format):
         su = jnp.asarray(signs(I, "in", self.seed, key))[None]
         sv = jnp.asarray(signs(O, "out", self.seed, key))[:, None]
         if self.balanced:
-            size_O1 = jnp.sqrt(jnp.mean(jnp.square(w_OI.astype(jnp.float32)), axis=1, keepdims=True))
+            size_O1 = jnp.sqrt(order_free_mean(jnp.square(w_OI.astype(jnp.float32))[:, None]))
             # A row of zeros is divided by what does not make it NaN; one far below the others is not blown up.
             sv *= jnp.maximum(size_O1, jnp.maximum(np.float32(1e-3) * jnp.max(size_O1), SMALLEST_SCALE["fp16"]))
         return self.stored_signs({"su": su, "sv": sv})

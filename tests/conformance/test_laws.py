@@ -284,7 +284,7 @@ def test_shape_law(name: str):
     assert len(traces) == 1
 
 
-ON_MESH = "int4:g64 ternary:tensor q4_k nf4:dq rht:f16:int4:g64:clip aqlm:2x4:g4 e8p2 trellis2:mcg:l10".split()
+ON_MESH = "int4:g64 ternary:tensor q4_k nf4:dq rht:rows:ternary:channel aqlm:2x4:g4 e8p2 trellis2:mcg:l10".split()
 
 
 @pytest.mark.parametrize(
