@@ -26,7 +26,6 @@ from lowbit.experiment.run import Run
 from lowbit.experiment.texts import Data
 from lowbit.export.open import open_model
 from lowbit.formats import base
-from lowbit.formats.base import SHIFT
 from lowbit.models.hf import load_hf, save_hf
 from lowbit.models.model import Model
 from lowbit.plan import Plan, Rule
@@ -65,12 +64,8 @@ class Config:
     """Tokens of one row."""
     lr: float = 3e-4
     """Peak learning rate end to end."""
-    code_lr: float = 3e-3
-    """That of codes in `pv`, in RMS of a row."""
-    revise_every: int = 20
+    revise_every: int = 12
     """Steps between changes of codes in `pv`."""
-    revise_fraction: float = 0.01
-    """Of the tiles, whose codes change at once in `pv`."""
     seed: int = 0
     data: Data = Data(eval_tokens=8192)
 
@@ -183,7 +178,6 @@ def tuned(config: Config, run: Run, g: Ground, params: Tree, case: Case) -> Tree
     own = {"steps": config.steps, "batch_size": config.batch_size, "lr": config.lr, "seed": config.seed}
     own |= {"warmup": 2, "loss": "kl", "log_every": 20, "keep": 1}
     if recipe.revise is not None:
-        own |= {"revise_every": config.revise_every, "revise_fraction": config.revise_fraction}
-        own |= {"lr_groups": ((rf".*:{SHIFT}", config.code_lr / config.lr),)}
+        own |= {"revise_every": config.revise_every}
     settings = TrainConfig(**recipe.defaults | own)
     return recipe.convert(fit(run, case.name, recipe.prepare(params, assignment), settings, g.fp, g.packed, recipe))

@@ -110,7 +110,8 @@ class Train:
                 if getattr(self, flag) is not None:
                     flag = flag.replace("_", "-")
                     raise InputError(f"--{flag} with recipe {self.recipe}, which trains nothing end to end")
-        revising = [f for f in ("revise_every", "revise_fraction") if getattr(train, f) != getattr(DEFAULTS, f)]
+        flags = ("revise_every", "revise_fraction", "revise_rows")
+        revising = [f for f in flags if getattr(train, f) != getattr(DEFAULTS, f)]
         if recipe.revise is None and revising:
             flag = revising[0].replace("_", "-")
             raise InputError(f"--{flag} with recipe {self.recipe} (allowed: with pv, whose codes change)")

@@ -170,7 +170,7 @@ class Job:
                 on_evaluate=on_evaluate,
                 stages=[Stage(step, partial(self.restart, *other)) for step, *other in self.later],
                 wrap=self.recipe.wrap,
-                revise=self.recipe.revise,
+                revise=None if self.recipe.revise is None else partial(self.recipe.revise, self.model.config),
             )
 
 

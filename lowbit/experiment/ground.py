@@ -5,6 +5,7 @@ import dataclasses
 import json
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,7 @@ def fit(
             settings,
             teacher=fp.params if settings.taught else None,
             wrap=None if recipe is None else recipe.wrap,
-            revise=None if recipe is None else recipe.revise,
+            revise=None if recipe is None or recipe.revise is None else partial(recipe.revise, fp.config),
             directory=part.path("checkpoints"),
             resume=run.resumed,
             fingerprint={"rows": dataclasses.asdict(packed.manifest)},

@@ -33,7 +33,6 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from einops import rearrange
 from jaxtyping import Array, Bool, Float, Int
 
 from lowbit.errors import InputError
@@ -41,7 +40,6 @@ from lowbit.errors import InputError
 Params = dict[str, Array]
 # Arrays that are steps of a grid: what EfficientQAT trains end to end.
 STEPS = ("scale", "d")
-SHIFT = "shift"  # of a `Coded`
 
 
 class FormatError(InputError):
@@ -174,10 +172,6 @@ class Coded:
     `params` are those of a `QTensor`'s arrays that are trained, in float32, `arrays` the others; `shape` and `dtype`
     are the `QTensor`'s. With `w_hat = (q - z) * s` the gradient of s is `q - z` exactly, its rounding to what is stored
     is straight-through (EfficientQAT's E2E-QP, arXiv 2407.11062, section 3.3).
-
-    A param named `shift`, `[O, I]`, is where the weights want to go, in units of their row's RMS: the forward pass
-    does not see it, its gradient is that of the weights, and `revised` moves codes by it (PV-Tuning, arXiv 2405.14852,
-    section 3.3).
     """
 
     arrays: dict[str, Any]
@@ -199,14 +193,9 @@ class Coded:
         params = {k: q.arrays[k].astype(jnp.float32) for k in q.arrays if k in names}
         return cls({k: a for k, a in q.arrays.items() if k not in params}, params, q.format, q.shape, q.dtype)
 
-    def with_shift(self) -> Coded:
-        """With a `shift` of zeros."""
-        return dataclasses.replace(self, params={**self.params, SHIFT: jnp.zeros(self.shape, jnp.float32)})
-
-    def revised(self, fraction: float) -> Coded:
-        """With the `shift` of some tiles turned into other codes (see `Format.recode`); all else stays."""
-        arrays, shift = _revised(self.format, self.shape, fraction, self.arrays, self.params)
-        return dataclasses.replace(self, arrays=arrays, params={**self.params, SHIFT: shift})
+    def with_codes(self, codes: Int[Array, "Oc Ic"]) -> Coded:
+        """With other codes; what is trained stays."""
+        return dataclasses.replace(self, arrays=_recoded(self.format, self.shape, self.arrays, self.params, codes))
 
     def value(self) -> Float[Array, "O I"]:
         """The weight that the forward pass sees: what `encode` gives, decoded."""
@@ -223,8 +212,7 @@ class Coded:
 
     def check_values(self) -> None:
         """Raises `FormatError` when what was trained cannot be stored."""
-        real = {k: a for k, a in self.params.items() if k != SHIFT}
-        _, params = _unpack(self.format, self.shape, {**self.arrays, **real})
+        _, params = _unpack(self.format, self.shape, {**self.arrays, **self.params})
         self.format.check_values(self.value(), params)
 
 
@@ -305,45 +293,13 @@ class Format:
             row, col = np.argwhere(~np.isfinite(np.asarray(w_OI)))[0]
             raise FormatError(f"{self.name}: weight [{row}, {col}] is {w_OI[row, col]} (must be finite)")
 
-    def recode(
-        self,
-        codes: Int[Array, "Oc Ic"],
-        stored: Params,
-        w_OI: Float[Array, "O I"],
-        shift_OI: Float[Array, "O I"],
-        fraction: float,
-    ) -> tuple[Int[Array, "Oc Ic"], Float[Array, "O I"]]:
-        """`codes`, whose weights are `w`, with some tiles encoded at `w + shift`: of those whose codes are others
-        there, the ones with the largest `shift`, `fraction` of all tiles at most (one at least). And the shift that is
-        left: in those tiles what the new codes miss, elsewhere all of it."""
-        norms_PQ = rearrange(jnp.square(shift_OI), "(p o) (q i) -> p q (o i)", o=self.tile[0], i=self.tile[1]).sum(
-            axis=-1
-        )
-        count = max(1, round(fraction * norms_PQ.size))
-        new = self.nearest(codes, stored, w_OI + shift_OI, norms_PQ, count)
-        P, Q = norms_PQ.shape
-        other_PQ = rearrange(new != codes, "(p o) (q i) -> p q (o i)", p=P, q=Q).any(axis=-1)
-        wish = jnp.where(other_PQ, norms_PQ, 0.0).reshape(-1)
-        chosen = jax.lax.top_k(wish, count)[1]
-        mask_PQ = jnp.zeros(wish.size, bool).at[chosen].set(wish[chosen] > 0).reshape(P, Q)
+    def inside(self, stored: Params) -> tuple[Format, Params]:
+        """The format whose tiles the codes are, and its parameters: another one where this one rotates."""
+        return self, stored
 
-        def spread(shape: tuple[int, ...]) -> Array:
-            return jnp.repeat(jnp.repeat(mask_PQ, shape[0] // P, axis=0), shape[1] // Q, axis=1)
-
-        new = jnp.where(spread(codes.shape), new, codes)
-        missed = w_OI + shift_OI - self.dequantize(new, stored)
-        return new, jnp.where(spread(shift_OI.shape), missed, shift_OI)
-
-    def nearest(
-        self,
-        codes: Int[Array, "Oc Ic"],
-        stored: Params,
-        w_OI: Float[Array, "O I"],
-        norms_PQ: Float[Array, "P Q"],
-        count: int,
-    ) -> Int[Array, "Oc Ic"]:
-        """Codes of `w`, at least of the `count` tiles of largest norm; the others may stay."""
-        return self.quantize(w_OI, stored)
+    def gradient_inside(self, g_OI: Float[Array, "O I"], stored: Params) -> Float[Array, "O I"]:
+        """The gradient of that format's weights, given that of the weights."""
+        return g_OI
 
     @property
     def idempotent(self) -> bool:
@@ -480,7 +436,7 @@ _fake_quant.defvjp(_fake_quant_fwd, _fake_quant_bwd)
 
 
 def _coded(fmt: Format, shape: tuple[int, int], arrays: dict[str, Array], params: Params) -> tuple[Array, Params]:
-    codes, trained = fmt.unpack({**arrays, **{k: a for k, a in params.items() if k != SHIFT}}, shape)
+    codes, trained = fmt.unpack({**arrays, **params}, shape)
     return codes, fmt.stored(trained)
 
 
@@ -499,24 +455,19 @@ def _coded_bwd(fmt: Format, shape: tuple[int, int], dtype: str, residuals, g: Ar
     g = g.astype(jnp.float32)
     codes, stored = _coded(fmt, shape, arrays, params)
     # `dequantize` has no clip and is smooth in what is real, so autodiff's gradient is the formula.
-    _, pull = jax.vjp(lambda p: fmt.dequantize(codes, {**stored, **p}), {k: stored[k] for k in params if k != SHIFT})
-    return None, pull(g)[0] | ({SHIFT: g} if SHIFT in params else {})
+    _, pull = jax.vjp(lambda p: fmt.dequantize(codes, {**stored, **p}), {k: stored[k] for k in params})
+    return None, pull(g)[0]
 
 
 _coded_value.defvjp(_coded_fwd, _coded_bwd)
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2))
-def _revised(
-    fmt: Format, shape: tuple[int, int], fraction: float, arrays: dict[str, Array], params: Params
-) -> tuple[dict[str, Array], Array]:
-    codes, stored = _coded(fmt, shape, arrays, params)
-    w_OI = fmt.dequantize(codes, stored)
-    size_O1 = jnp.sqrt(jnp.mean(jnp.square(w_OI), axis=1, keepdims=True))
-    unit_O1 = jnp.maximum(size_O1, jnp.maximum(np.float32(1e-3) * jnp.max(size_O1), np.float32(1e-30)))
-    codes, left = fmt.recode(codes, stored, w_OI, params[SHIFT] * unit_O1, fraction)
-    packed = fmt.pack(codes, stored)
-    return {k: packed[k] for k in arrays}, left / unit_O1
+@partial(jax.jit, static_argnums=(0, 1))
+def _recoded(
+    fmt: Format, shape: tuple[int, int], arrays: dict[str, Array], params: Params, codes: Array
+) -> dict[str, Array]:
+    packed = fmt.pack(codes, _coded(fmt, shape, arrays, params)[1])
+    return {k: packed[k] for k in arrays}
 
 
 # -- registry ---------------------------------------------------------------------------------------------------------

@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from lowbit.errors import InputError, unknown
+from lowbit.models.config import ModelConfig
 from lowbit.models.model import Model
 from lowbit.ptq.calibrate import Readers
 from lowbit.qat import latents
 from lowbit.qat.latents import Assignment, Start, Stored
 from lowbit.train.block_options import BlockOptions
+from lowbit.train.loop import Moment, Record
 from lowbit.train.step import Wrap
 from lowbit.tree import Tree
 
@@ -60,6 +62,10 @@ class Before(NamedTuple):
     alone: bool = False
 
 
+# What `lowbit.train.loop.train` takes as `revise`, of a model of this shape.
+Revised = Callable[[ModelConfig, Tree, Moment], tuple[Tree, Record]]
+
+
 class Recipe(NamedTuple):
     """How weights learn to live on the grid. `defaults` are the `TrainConfig` settings that its source recommends."""
 
@@ -70,7 +76,7 @@ class Recipe(NamedTuple):
     wrap: Wrap | None = None  # of the optimizer (`lowbit.train.loop.train`)
     restarts: bool = False  # whether `prepare` takes `latents.masters` of what it made: stages with other formats
     before: Before | None = None
-    revise: Callable[[Tree, float], Tree] | None = None  # of codes, between steps (`lowbit.train.loop.train`)
+    revise: Revised | None = None  # of codes, between steps
 
 
 Parse = Callable[[list[str]], Recipe]

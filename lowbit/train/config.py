@@ -56,8 +56,9 @@ class TrainConfig:
     freeze_above: float = 0.0  # frequency of oscillation from which on a weight is frozen; 0: never
     freeze_momentum: float = 0.99  # of the moving averages behind that
 
-    revise_every: int = 10  # steps between changes of codes, for recipes that have such (pv)
-    revise_fraction: float = 0.01  # of the vectors, tiles or weights whose codes change at once
+    revise_every: int = 16  # steps between changes of codes, for recipes that have such (pv)
+    revise_fraction: float = 0.01  # of the vectors, tiles or weights whose codes change at once, at most
+    revise_rows: int = 128  # of text that say which, and as many others how many
 
     dtype: Literal["float32", "bfloat16"] = "float32"  # of compute; masters are float32
     remat: Literal["none", "full", "dots"] = "none"
@@ -140,6 +141,7 @@ _RANGES = (
     ("freeze_momentum", 0, 1),
     ("revise_every", 1, math.inf),
     ("revise_fraction", 0, 1),
+    ("revise_rows", 1, math.inf),
     ("clip", 0, math.inf),
     ("loss_chunk", 0, math.inf),
     ("log_every", 1, math.inf),

@@ -11,12 +11,12 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Array
 
 from lowbit.errors import InputError
 from lowbit.train import checkpoint, sharding
@@ -30,6 +30,7 @@ from lowbit.tree import Tree
 
 Batches = Callable[[int], Mapping[str, Any]]
 Record = dict[str, int | float]
+REVISED = "revised"  # among the metrics of a step after which there was a revision: its facts
 
 
 class TrainingDiverged(InputError):
@@ -43,6 +44,20 @@ class Stage:
 
     step: int
     change: Callable[[Tree], Tree]
+
+
+class Moment(NamedTuple):
+    """What a revision gets to know of the training in whose midst it is."""
+
+    step: int  # updates that were made
+    batch: Callable[[int], dict[str, Any]]  # the n-th batch from here on, on the mesh; after the last comes the first
+    objective: Objective
+    teacher: Tree | None
+    settings: TrainConfig
+
+
+# Other values for parameters, in the same layout, and facts for the next record.
+Revise = Callable[[Tree, Moment], tuple[Tree, Record]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +89,7 @@ def train(
     on_evaluate: Callable[[int, float], None] | None = None,
     stages: Sequence[Stage] = (),
     wrap: Wrap | None = None,
-    revise: Callable[[Tree, float], Tree] | None = None,
+    revise: Revise | None = None,
 ) -> Result:
     """Trains `params` for `config.steps` steps on `batch(0), batch(1), ...`.
 
@@ -94,8 +109,8 @@ def train(
       on_evaluate: gets the step and that number.
       stages: changes of `params` on the way, in order.
       wrap: puts another optimizer around the one that `config` names, given the formats of the latents by name.
-      revise: changes what steps leave alone, codes say, every `config.revise_every` steps, given the parameters and
-        `config.revise_fraction`; what it gives has the same layout.
+      revise: changes what steps leave alone, codes say, every `config.revise_every` steps but for the last; what it
+        finds worth telling goes into the next record.
 
     Raises:
       TrainingDiverged: on a loss, gradient norm or parameter that is not finite, before it could be saved.
@@ -138,7 +153,7 @@ def train(
             arrays = checkpoint.describe(everything)
             checkpoints.save(everything, opt, Meta(step, setup.layout, identity, arrays, metric))
 
-        def log(step: int, metrics: dict[str, Array], clock: _Clock) -> None:
+        def log(step: int, metrics: dict[str, Any], clock: _Clock) -> None:
             """Waits for step number `step`, stops on what is not finite, and reports every `log_every`."""
             loss, norm = float(metrics["loss"]), float(metrics["grad_norm"])
             clock.tokens += (tokens := int(metrics["tokens"]))
@@ -147,13 +162,20 @@ def train(
                     raise TrainingDiverged(_diverged(step, f"{name} is {value:g}", checkpoints))
             if not bool(metrics["finite"]):
                 raise TrainingDiverged(_diverged(step, "the update gave parameters that are not finite", checkpoints))
-            if step % config.log_every == 0 or step in (1, config.steps):
+            if step % config.log_every == 0 or step in (1, config.steps) or REVISED in metrics:
                 record = {"step": step, "loss": loss, "lr": float(metrics["lr"]), "grad_norm": norm}
-                record |= {k: float(metrics[k]) for k in SHARES if k in metrics}
+                record |= {k: float(metrics[k]) for k in SHARES if k in metrics} | metrics.get(REVISED, {})
                 history.append(record | {"tokens": tokens, "tokens_per_second": clock.rate()})
                 if on_metrics is not None:
                     on_metrics(history[-1])
 
+        def placed(step: int, further: int) -> dict[str, Any]:
+            """The rows of a step, or of one so many further on."""
+            n = (step + further) % config.steps
+            return sharding.place_batch(_checked(batch(n), config, n), setup.sharding.mesh)
+
+        # What revisions get, which see trees.
+        goal = None if teacher is None else unflatten(setup.teacher, flatten(teacher)[1])
         stop = stack.enter_context(stop_signals())
         step, waiting, clock = start, None, _Clock()
         while step < config.steps and not stop.is_set():
@@ -162,12 +184,14 @@ def train(
                 setup = prepare(changed, objective, config, teacher, wrap)
                 learned, frozen = setup.learned, setup.frozen
                 opt = carried(opt, setup.init(learned))
-            rows = sharding.place_batch(_checked(batch(step), config, step), setup.sharding.mesh)
+            rows = placed(step, 0)
             advance = setup.warm if step < config.quant_warmup else setup.step
             learned, opt, metrics = advance(learned, opt, frozen, setup.teacher, rows)
             step += 1
-            if revise is not None and step % config.revise_every == 0:
-                learned, frozen = _revised(revise, config.revise_fraction, learned, frozen, setup)
+            if revise is not None and step % config.revise_every == 0 and step < config.steps:
+                now = Moment(step, partial(placed, step), objective, goal, config)
+                learned, frozen, facts = _revised(revise, now, learned, frozen, setup)
+                metrics = {**metrics, REVISED: facts}
             if waiting is not None:  # one step late, so that the device is never idle
                 log(*waiting, clock)
             waiting = (step, metrics)
@@ -206,15 +230,14 @@ def _latest(checkpoints: Checkpoints | None, resume: bool) -> int:
     return steps[-1] if steps else 0
 
 
-def _revised(
-    revise: Callable[[Tree, float], Tree], fraction: float, learned: Flat, frozen: Flat, setup: Setup
-) -> tuple[Flat, Flat]:
-    """Both after `revise`, where they were."""
-    flat, layout = flatten(revise(unflatten(learned | frozen, setup.layout), fraction))
+def _revised(revise: Revise, now: Moment, learned: Flat, frozen: Flat, setup: Setup) -> tuple[Flat, Flat, Record]:
+    """Both after `revise`, where they were, and its facts."""
+    changed, facts = revise(unflatten(learned | frozen, setup.layout), now)
+    flat, layout = flatten(changed)
     if layout != setup.layout:
         raise InputError("a revision that changes the layout of the parameters (allowed: other values)")
     flat = {n: jax.device_put(a, setup.sharding.of(n)) for n, a in flat.items()}
-    return {n: flat[n] for n in learned}, {n: flat[n] for n in frozen}
+    return {n: flat[n] for n in learned}, {n: flat[n] for n in frozen}, facts
 
 
 def _resume(checkpoints: Checkpoints, step: int, setup: Setup, identity: Mapping[str, Any]) -> tuple[Flat, Flat, Any]:

@@ -173,11 +173,10 @@ class Incoherent(Format):
         straight-through rule, `sum (g w_hat - g_w w) / s` (LSQ, arXiv 1902.08153, for `w_hat = s Q(w / s)`)."""
         stored = self.stored(params)
         own = {k: stored[k] for k in SIGNS}
-        inverse = {k: 1.0 / a for k, a in own.items()}
-        g_rotated = self.enter(g_OI, inverse)  # the transpose of `leave`
+        g_rotated = self.gradient_inside(g_OI, stored)
         gw_rotated, g_inner = self.inner.vjp(self.enter(w_OI, own), _inner(params), g_rotated)
         # What passes everything passes it unchanged, not through two transforms.
-        gw_OI = g_OI if gw_rotated is g_rotated else self.leave(gw_rotated, inverse)
+        gw_OI = g_OI if gw_rotated is g_rotated else self.leave(gw_rotated, {k: 1.0 / a for k, a in own.items()})
         if not self.trained:
             return gw_OI, {**g_inner, **{k: jnp.zeros_like(params[k]) for k in SIGNS}}
         codes = self.quantize(w_OI, stored)
@@ -185,18 +184,11 @@ class Incoherent(Format):
         g_su, g_sv = jnp.sum(both, axis=0, keepdims=True), jnp.sum(both, axis=1, keepdims=True)
         return gw_OI, {**g_inner, "su": g_su / own["su"], "sv": g_sv / own["sv"]}
 
-    def recode(
-        self,
-        codes: Int[Array, "Oc Ic"],
-        stored: Params,
-        w_OI: Float[Array, "O I"],
-        shift_OI: Float[Array, "O I"],
-        fraction: float,
-    ) -> tuple[Int[Array, "Oc Ic"], Float[Array, "O I"]]:
-        """The inner format's, in the rotated space: its tiles are what moves."""
-        there = self.enter(w_OI, stored), self.enter(shift_OI, stored)
-        codes, left = self.inner.recode(codes, _inner(stored), *there, fraction)
-        return codes, self.leave(left, stored)
+    def inside(self, stored: Params) -> tuple[Format, Params]:
+        return self.inner, _inner(stored)
+
+    def gradient_inside(self, g_OI: Float[Array, "O I"], stored: Params) -> Float[Array, "O I"]:
+        return self.enter(g_OI, {k: 1.0 / stored[k] for k in SIGNS})  # the transpose of `leave`
 
     def check_values(self, w_OI: Float[Array, "O I"], params: Params) -> None:
         super().check_values(w_OI, params)

@@ -20,7 +20,6 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
@@ -131,24 +130,6 @@ class TrellisFormat(Format):
         x_ZNV = self.paths(w_OI / stored["scale"])
         states = tail_biting(self.trellis, self.table(stored), x_ZNV, around=AROUND)
         return rearrange(inputs_of(self.trellis, states)[:, ::-1], "(r c) n -> r (c n)", r=w_OI.shape[0] // SIDE)
-
-    def nearest(
-        self,
-        codes: Int[Array, "R N"],
-        stored: Params,
-        w_OI: Float[Array, "O I"],
-        norms_PQ: Float[Array, "P Q"],
-        count: int,
-    ) -> Int[Array, "R N"]:
-        """As any format's, but paths are searched for the tiles of largest norm alone, four times as many as may
-        change, so that those whose path stays do not keep the others from changing."""
-        tiles = jax.lax.top_k(norms_PQ.reshape(-1), min(norms_PQ.size, 4 * count))[1]
-        x_ZNV = self.paths(w_OI / stored["scale"])[tiles]
-        new = inputs_of(self.trellis, tail_biting(self.trellis, self.table(stored), x_ZNV, around=AROUND))[:, ::-1]
-        old = rearrange(codes, "r (c n) -> (r c) n", n=T // self.V)
-        moves = norms_PQ.reshape(-1)[tiles] > 0  # the best path found for what is on the grid may be another one
-        new = old.at[tiles].set(jnp.where(moves[:, None], new, old[tiles]))
-        return rearrange(new, "(r c) n -> r (c n)", r=codes.shape[0])
 
     def dequantize(self, codes_RN: Int[Array, "R N"], stored: Params) -> Float[Array, "O I"]:
         return self._levels(codes_RN, stored) * stored["scale"]
