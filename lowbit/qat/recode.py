@@ -60,8 +60,8 @@ def revise(config: ModelConfig, params: Tree, now: Moment) -> tuple[Tree, Record
     """`params` with codes of its `Coded`s changed, and `codes_changed` (tiles), `loss_before` and `loss_after`.
 
     The gradient is that of `now.settings.revise_rows` rows (of half the run's at most), the loss that of as many
-    others; `revise_fraction` of a weight's tiles change at most, none where no change lowers the loss. Memory: two float32 copies of the weights and
-    the factors, `O^2 + I^2` numbers each.
+    others; `revise_fraction` of a weight's tiles change at most, none where no change lowers the loss. Memory: two
+    float32 copies of the weights and the factors, `O^2 + I^2` numbers each.
     """
     settings = now.settings
     flat = dict(trees.items(params))
@@ -80,9 +80,8 @@ def revise(config: ModelConfig, params: Tree, now: Moment) -> tuple[Tree, Record
     best, changed, lowest = params, 0, start
     for share in SHARES:
         new = {p: _taken(c, found[p], jnp.float32(share)) for p, c in coded.items()}
-        tree = trees.build(
-            {**flat, **{p: rtn.with_weight(flat[p], coded[p].with_codes(c)) for p, (c, _) in new.items()}}
-        )
+        leaves = {p: rtn.with_weight(flat[p], coded[p].with_codes(codes)) for p, (codes, _) in new.items()}
+        tree = trees.build({**flat, **leaves})
         if (after := loss(tree)) < lowest:
             best, changed, lowest = tree, sum(int(n) for _, n in new.values()), after
     return best, {"codes_changed": changed, "loss_before": start, "loss_after": lowest}
@@ -218,7 +217,7 @@ def _candidates(fmt: Format, stored: Params, fraction: float, codes: Int[Array, 
         curved = jnp.einsum("pab,pqbc,qcd->pqad", out_Pss, d, in_Qtt, precision=HIGHEST)
         gain = jnp.sum(g * d + 0.5 * curved * d, axis=(2, 3))
         better = (gain < best[0]) & (tiles(new) != now).any(axis=(2, 3))
-        best = jax.tree.map(lambda a, b: jnp.where(_like(better, a), a, b), (gain, tiles(new), d), best)
+        best = tuple(jnp.where(_like(better, a), a, b) for a, b in zip((gain, tiles(new), d), best))
     gain, new, d = best
     count = max(1, round(fraction * P * Q))
     lowest, order = jax.lax.top_k(-gain.reshape(-1), count)

@@ -88,7 +88,7 @@ def test_what_changed_before_counts():
 
 @pytest.mark.parametrize("name", ["int2:g16", "rht:rows:e8p2"])
 def test_the_slope_is_the_gradient_in_the_space_of_the_codes(name):
-    """Against the loss itself, moved a little along one tile; the curvature is the Fisher matrix's of the mean token."""
+    """Against the loss itself, moved a little along one tile; the curvature's factors as `Slope` has them."""
     start = qat.get("e2e-pv").prepare(params(), Plan.uniform(name).resolve(CONFIG.shapes()))
     flat = dict(trees.items(start))
     path = "model.layers.0.self_attn.q_proj"
@@ -96,7 +96,7 @@ def test_the_slope_is_the_gradient_in_the_space_of_the_codes(name):
     objective = language(CONFIG, TrainConfig(loss="kl"), CONFIG)
     batch = {k: jnp.asarray(v) for k, v in rows()(0).items()}
     found = recode.measure(CONFIG, objective, flat, {path: c}, params(), [batch, batch], 0)[path]
-    fmt, stored = c.codes()[1] and c.format.inside(c.codes()[1])
+    fmt, stored = c.format.inside(c.codes()[1])
     w = fmt.dequantize(c.codes()[0], stored)
     d = jnp.zeros_like(w).at[2, 8:16].set(1e-2 * jnp.arange(1.0, 9.0))
 
