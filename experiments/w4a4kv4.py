@@ -12,10 +12,9 @@ Expected numbers: KL 0.114 of RTN, 0.052 of QuaRot, 0.040 of QuaRot with GPTQ on
 """
 
 import dataclasses
-import json
-import re
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,8 @@ from lowbit.errors import InputError
 from lowbit.evaluate.perplexity import evaluate
 from lowbit.evaluate.size import sizes
 from lowbit.experiment import report
-from lowbit.experiment.run import Run, write_json
+from lowbit.experiment.ground import as_float32, kept, slug
+from lowbit.experiment.run import Run
 from lowbit.experiment.texts import Data, first_tokens, read_documents, split
 from lowbit.export.open import open_model
 from lowbit.models.decoder import block, embed
@@ -81,24 +81,24 @@ def run(config: Config, run: Run) -> None:
     cases = [parse(row) for row in config.rows]
     documents, held_out, _ = split(config.data, model, read_documents(config.data))
     text = first_tokens(model, held_out, config.data.eval_tokens)
-    fp = model.replace(params=jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), model.params))
+    fp = as_float32(model)
     start = plant(fp, documents, config.outlier) if config.planted else fp
     plan = make_plan(config)
-    table: list[dict[str, Any]] = []
-    for transform, solver in cases:
-        saved = run.path("measured", re.sub(r"[^a-z0-9_+.]+", "-", f"{transform}-{solver}") + ".json")
-        if not saved.exists():
-            began = time.monotonic()
-            rotated = transforms.transform(start, transform, documents, plan.resolve(start.config.shapes()))
-            same = evaluate(rotated, text[:1], fp, config.data.convention)["kl_mean"]
-            quantized = solve(rotated, plan, solver, documents, config)
-            seconds = time.monotonic() - began
-            scores = evaluate(quantized, text, fp, config.data.convention)
-            row = {"name": f"{transform} + {solver}", "method": transform.split(":")[0], **scores}
-            row["file_bytes"] = sizes(quantized.params)["stored_bytes"]  # nothing is written: what a folder would hold
-            write_json(saved, row | {"kl_transform": same, "seconds": round(seconds, 1)})
-            print(f"{row['name']}: KL {scores['kl_mean']:.4g} in {seconds:.0f} s", file=sys.stderr, flush=True)
-        table.append(json.loads(saved.read_text()))
+
+    def measure(transform: str, solver: str) -> dict[str, Any]:
+        began = time.monotonic()
+        rotated = transforms.transform(start, transform, documents, plan.resolve(start.config.shapes()))
+        same = evaluate(rotated, text[:1], fp, config.data.convention)["kl_mean"]
+        quantized = solve(rotated, plan, solver, documents, config)
+        seconds = time.monotonic() - began
+        scores = evaluate(quantized, text, fp, config.data.convention)
+        row = {"name": f"{transform} + {solver}", "method": transform.split(":")[0], **scores}
+        row["file_bytes"] = sizes(quantized.params)["stored_bytes"]  # nothing is written: what a folder would hold
+        print(f"{row['name']}: KL {scores['kl_mean']:.4g} in {seconds:.0f} s", file=sys.stderr, flush=True)
+        return row | {"kl_transform": same, "seconds": round(seconds, 1)}
+
+    path = partial(run.path, "measured")
+    table = [kept(path(f"{slug(f'{t}-{s}')}.json"), partial(measure, t, s)) for t, s in cases]
     hidden = ("types", "convention", "tokens", "windows", "perplexity_stderr", "kl_mean_stderr")
     shown = [{k: v for k, v in row.items() if k not in hidden} for row in table]
     what = f"{config.weights} weights, {config.inputs} inputs, {config.kv} cache"

@@ -1,15 +1,22 @@
 """Fine-tuning around fixed codes: block by block against the float model, then end to end."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from models import CONFIG, params, rows
+from shared import shared_path
 
 from lowbit import qat
 from lowbit import tree as trees
+from lowbit.cli import main
+from lowbit.data.tokenizer import ByteTokenizer
 from lowbit.errors import InputError
 from lowbit.formats.base import Coded, QTensor
+from lowbit.models.decoder import init_params
+from lowbit.models.hf import save_hf
 from lowbit.models.model import Model
 from lowbit.plan import Plan
 from lowbit.ptq import rtn
@@ -62,3 +69,18 @@ def test_a_teacher_of_another_shape_is_refused(fp):
     other = fp.replace(config=dataclasses.replace(CONFIG, rope_theta=5e5), source="other")
     with pytest.raises(InputError, match="teacher other of another shape"):
         qat.get("ft").before.run(fp, ASSIGNMENT, TOKENS, OPTIONS, teacher=other)
+
+
+def test_a_teacher_in_another_file_format_has_the_same_tokenizer(tmp_path, capsys):
+    """The folder's tokenizer.json says what the teacher's tokenizer.bin says; that of another model does not."""
+    file = str(shared_path("data/models/stories260K/stories260K.bin"))
+    other = dataclasses.replace(CONFIG, vocab_size=512, max_position=64)
+    save_hf(Model(other, init_params(other, jax.random.key(0)), ByteTokenizer()), tmp_path / "other")
+    (tmp_path / "text.txt").write_text("Once upon a time, there was a little girl. " * 60)
+    packed, out = str(tmp_path / "packed"), str(tmp_path / "out")
+    assert main(["quantize", file, "--format", "int2:g4", "--out", packed]) == 0
+    args = ["train", packed, "--recipe", "e2e-ft", "--format", "int2:g4", "--text", str(tmp_path / "text.txt")]
+    args += ["--steps", "1", "--batch-size", "1", "--seq", "32", "--out", out]
+    assert main([*args, "--teacher", str(tmp_path / "other")]) == 2
+    assert "other has another tokenizer than" in capsys.readouterr().err
+    assert main([*args, "--teacher", file]) == 0
