@@ -27,7 +27,7 @@ from lowbit.errors import InputError
 from lowbit.formats.base import Format, Params
 from lowbit.ptq import layerwise
 from lowbit.ptq.base import register
-from lowbit.ptq.layerwise import Solved
+from lowbit.ptq.blockwise import Solved
 from lowbit.ptq.options import AqlmOptions
 from lowbit.ptq.refit import HIGHEST, STEPS, refit
 from lowbit.ptq.weighing import feedback, finished, weighed

@@ -27,7 +27,7 @@ from lowbit.errors import InputError
 from lowbit.formats.base import Format, Params, QTensor
 from lowbit.ptq import layerwise
 from lowbit.ptq.base import register
-from lowbit.ptq.layerwise import Solved
+from lowbit.ptq.blockwise import Solved
 from lowbit.ptq.options import GptqOptions, LdlqOptions
 from lowbit.vq.incoherent import Incoherent
 

@@ -25,8 +25,8 @@ from lowbit.models.config import ModelConfig
 from lowbit.models.decoder import forward
 from lowbit.ptq import modelwise, rtn
 from lowbit.ptq.base import register
+from lowbit.ptq.blockwise import Solved
 from lowbit.ptq.gptq import gptq
-from lowbit.ptq.layerwise import Solved
 from lowbit.ptq.options import GuidedOptions
 from lowbit.ptq.vptq import vptq
 from lowbit.tree import Tree

@@ -6,42 +6,25 @@ range from the same text.
 """
 
 import dataclasses
-import hashlib
 import re
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from pathlib import Path
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Int
 
 from lowbit import tree as trees
-from lowbit.errors import InputError
-from lowbit.formats.base import Format, QTensor
+from lowbit.formats.base import Format
 from lowbit.formats.fake_quant import PreparedInput
 from lowbit.linalg.online import describe
-from lowbit.models import hf
-from lowbit.models.cache import attach
-from lowbit.models.config import ModelConfig
-from lowbit.models.model import Model
-from lowbit.plan import INPUT, Plan
-from lowbit.ptq import rtn
+from lowbit.plan import INPUT
+from lowbit.ptq import blockwise, rtn
 from lowbit.ptq.base import Solver
-from lowbit.ptq.calibrate import STAGES, Stream, length_of, linears, readers_of, tokenize, working
-from lowbit.ptq.folder import Block, blocks_of, quantize_folder
+from lowbit.ptq.blockwise import Kind, Solved, Source, note
+from lowbit.ptq.calibrate import STAGES, Stream, linears, working
+from lowbit.ptq.folder import Block
 from lowbit.tree import Tree
-
-
-class Solved(NamedTuple):
-    """A weight that a solver rounded."""
-
-    q: QTensor
-    w_hat_OI: Float[Array, "O I"]  # what `q` decodes to
-    error: float  # tr((W - W_hat) H (W - W_hat)^T)
-    damping: float  # share of the mean diagonal that was added to H: more than asked for where H needed it
-    dead: int  # input channels that calibration never excites; their weights are rounded from 0
 
 
 @runtime_checkable
@@ -63,75 +46,25 @@ class Method:
 
 
 def solver(method: Method) -> Solver:
-    """The solver of a method, for models in memory and for folders."""
-    return Solver(method.name, partial(quantize, method), partial(quantize_dir, method), calibrates=True)
-
-
-def quantize(
-    method: Method,
-    model: Model,
-    assignment: Mapping[str, Any],
-    documents: list[str] | None = None,
-    progress: Callable[[int, int], None] | None = None,
-    **options: Any,
-) -> Tree:
-    """The model's parameters with the sites of `assignment` packed, calibrated on `documents`. Raises `InputError`."""
-    params, assignment = attach(model.params, assignment)
-    rtn.check_paths(params, assignment)
-    solver = _blocks(method, model.config, assignment, documents, model.tokenizer, method.options(**options))
-    readers = readers_of(params)
-    known = model.config.shapes()
-    blocks = blocks_of({path: readers[path] for path in (*known, *(p for p in readers if p not in known))})
-    flat: dict[str, Any] = {}
-    for n, block in enumerate(blocks, 1):
-        flat |= solver.solve(block)
-        if progress is not None:
-            progress(n, len(blocks))
-    return trees.build(flat)
-
-
-def quantize_dir(
-    method: Method,
-    src: str | Path,
-    plan: Plan | Mapping[str, Any],
-    out: str | Path,
-    progress: Callable[[int, int], None] | None = None,
-    documents: list[str] | None = None,
-    **options: Any,
-) -> None:
-    """`quantize` from a folder into a packed folder with one layer in memory (see `lowbit.ptq.folder`).
-
-    After an interruption the text goes once more through the layers that are done, and the result has the same bits.
-    """
-    src, opts = Path(src), method.options(**options)
-    config = hf.load_config(src)
-    assignment = plan.resolve(config.shapes()) if isinstance(plan, Plan) else dict(plan)
-    solver = _blocks(method, config, assignment, documents, hf.load_tokenizer(src), opts)
-    text = hashlib.sha256(solver.tokens_BT.tobytes()).hexdigest()
-    key = {"solver": method.name, "options": dataclasses.asdict(opts), "tokens": text}
-    quantize_folder(src, Path(out), solver, assignment, key, progress)
-
-
-def _blocks(
-    method: Method, config: ModelConfig, assignment: Mapping[str, Any], documents: Any, tokenizer: Any, options: Any
-) -> "_Blocks":
-    if documents is None:
-        raise InputError(f"solver {method.name} without calibration text (allowed: documents)")
-    for fmt in {f for f in assignment.values() if isinstance(f, Format)}:
-        method.check(fmt, method.name)
-    tokens = tokenize(documents, tokenizer, options.rows, length_of(config, options.length), options.seed)
-    return _Blocks(method, config, assignment, tokens, options)
+    """The solver of a method, for models in memory and for folders; of these, one layer is in memory at a time."""
+    start = partial(_Blocks, method)
+    return blockwise.solver(Kind(method.name, method.options, method.check, start))
 
 
 class _Blocks:
     """A method at work on a model, block after block (see `lowbit.ptq.folder.SolveBlock`)."""
 
     def __init__(
-        self, method: Method, config: ModelConfig, assignment: Mapping[str, Any], tokens_BT: Any, options: Any
+        self,
+        method: Method,
+        source: Source,
+        assignment: Mapping[str, Any],
+        documents: list[str],
+        tokens_BT: Int[np.ndarray, "B T"],
+        options: Any,
     ):
-        self.method, self.config, self.assignment = method, config, assignment
-        self.tokens_BT, self.options = tokens_BT, options
-        self.stream = Stream(config, tokens_BT, options.batch)
+        self.method, self.config, self.assignment, self.options = method, source.config, assignment, options
+        self.stream = Stream(source.config, tokens_BT, options.batch)
         self.acts = options.inputs == "quantized"
 
     def solve(self, block: Block) -> Iterator[tuple[str, Any]]:
@@ -214,8 +147,3 @@ def _preparation(leaf: Any) -> tuple[Any, ...]:
         return ()
     names, arrays = describe(leaf)
     return (*sorted(names.items()), *((k, np.asarray(a).tobytes()) for k, a in sorted(arrays.items())))
-
-
-def note(text: str) -> None:
-    """Says something to whoever runs the program."""
-    print(f"lowbit: note: {text}", file=sys.stderr)

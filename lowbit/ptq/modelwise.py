@@ -7,30 +7,23 @@ from the same text.
 """
 
 import dataclasses
-import hashlib
 import re
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Int
 
-from lowbit import tree as trees
-from lowbit.errors import InputError
 from lowbit.formats.base import Format
 from lowbit.formats.fake_quant import PreparedInput
-from lowbit.models import hf
-from lowbit.models.cache import CacheSite, attach
+from lowbit.models.cache import CacheSite
 from lowbit.models.config import ModelConfig
-from lowbit.models.model import Model
-from lowbit.plan import INPUT, Plan
-from lowbit.ptq import rtn
+from lowbit.plan import INPUT
+from lowbit.ptq import blockwise, rtn
 from lowbit.ptq.base import Solver
-from lowbit.ptq.calibrate import Readers, length_of, readers_of, tokenize
-from lowbit.ptq.folder import Block, quantize_folder
-from lowbit.ptq.layerwise import Solved, note
+from lowbit.ptq.blockwise import Kind, Solved, Source, note
+from lowbit.ptq.folder import Block
 from lowbit.tree import Tree
 
 
@@ -56,51 +49,10 @@ class Method:
 
 
 def solver(method: Method) -> Solver:
-    """The solver of a method, for models in memory and for folders."""
-    return Solver(method.name, partial(quantize, method), partial(quantize_dir, method), calibrates=True)
-
-
-def quantize(
-    method: Method,
-    model: Model,
-    assignment: Mapping[str, Any],
-    documents: list[str] | None = None,
-    progress: Callable[[int, int], None] | None = None,
-    **options: Any,
-) -> Tree:
-    """The model's parameters with the sites of `assignment` packed, calibrated on `documents`. Raises `InputError`."""
-    params, assignment = attach(model.params, assignment)
-    rtn.check_paths(params, assignment)
-    readers = readers_of(params)
-    opts = method.options(**options)
-    solver = _Blocks(method, model.config, readers, lambda: params, assignment, documents, model.tokenizer, opts)
-    flat: dict[str, Any] = {}
-    for n, (path, read) in enumerate(readers.items(), 1):
-        flat |= solver.solve({path: read})
-        if progress is not None:
-            progress(n, len(readers))
-    return trees.build(flat)
-
-
-def quantize_dir(
-    method: Method,
-    src: str | Path,
-    plan: Plan | Mapping[str, Any],
-    out: str | Path,
-    progress: Callable[[int, int], None] | None = None,
-    documents: list[str] | None = None,
-    **options: Any,
-) -> None:
-    """`quantize` from a folder into a packed folder, layer by layer (see `lowbit.ptq.folder`). The Hessians need the
-    whole model in memory; after an interruption they are computed again, to the same bits."""
-    src, opts = Path(src), method.options(**options)
-    config = hf.load_config(src)
-    assignment = plan.resolve(config.shapes()) if isinstance(plan, Plan) else dict(plan)
-    whole, tokenizer = (lambda: hf.load_hf(src).params), hf.load_tokenizer(src)
-    solver = _Blocks(method, config, hf.readers(src), whole, assignment, documents, tokenizer, opts)
-    text = hashlib.sha256(solver.tokens_BT.tobytes()).hexdigest()
-    key = {"solver": method.name, "options": dataclasses.asdict(opts), "tokens": text}
-    quantize_folder(src, Path(out), solver, assignment, key, progress)
+    """The solver of a method, for models in memory and for folders; both ways the Hessians need the whole model in
+    memory."""
+    start = partial(_Blocks, method)
+    return blockwise.solver(Kind(method.name, method.options, method.check, start))
 
 
 def weight(leaf: Any) -> Any:
@@ -114,23 +66,15 @@ class _Blocks:
     def __init__(
         self,
         method: Method,
-        config: ModelConfig,
-        readers: Readers,
-        params: Callable[[], Tree],
+        source: Source,
         assignment: Mapping[str, Any],
-        documents: list[str] | None,
-        tokenizer: Any,
+        documents: list[str],
+        tokens_BT: Int[np.ndarray, "B T"],
         options: Any,
     ):
-        if documents is None:
-            raise InputError(f"solver {method.name} without calibration text (allowed: documents)")
-        for fmt in {f for f in assignment.values() if isinstance(f, Format)}:
-            method.check(fmt, method.name)
-        self.method, self.config, self.params = method, config, params
-        self.assignment, self.options = assignment, options
-        length = length_of(config, options.length)
-        self.tokens_BT = tokenize(documents, tokenizer, options.rows, length, options.seed)
-        self.stored = rtn.ranges(config, readers, tokenizer, assignment, documents)
+        self.method, self.config, self.params = method, source.config, source.params
+        self.assignment, self.tokens_BT, self.options = assignment, tokens_BT, options
+        self.stored = rtn.ranges(source.config, source.readers, source.tokenizer, assignment, documents)
         self.found: dict[str, Any] = {}
 
     def solve(self, block: Block) -> Iterator[tuple[str, Any]]:

@@ -25,7 +25,7 @@ from lowbit.errors import InputError
 from lowbit.formats.base import Format, Params
 from lowbit.ptq import layerwise
 from lowbit.ptq.base import register
-from lowbit.ptq.layerwise import Solved
+from lowbit.ptq.blockwise import Solved
 from lowbit.ptq.options import LnqOptions, VptqOptions
 from lowbit.ptq.refit import HIGHEST, STEPS, error_of, refit
 from lowbit.ptq.weighing import Weighed, feedback, finished, weighed

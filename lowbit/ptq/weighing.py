@@ -11,8 +11,8 @@ from jaxtyping import Array, Float, Int
 
 from lowbit.errors import InputError
 from lowbit.formats.base import Format, Params, QTensor
+from lowbit.ptq.blockwise import Solved
 from lowbit.ptq.gptq import _divisor, _factor, _solve
-from lowbit.ptq.layerwise import Solved
 from lowbit.ptq.refit import error_of
 
 

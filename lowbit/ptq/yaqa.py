@@ -31,8 +31,8 @@ from lowbit.models.config import ModelConfig
 from lowbit.models.decoder import forward
 from lowbit.ptq import modelwise, rtn
 from lowbit.ptq.base import register
+from lowbit.ptq.blockwise import Solved
 from lowbit.ptq.gptq import check_format
-from lowbit.ptq.layerwise import Solved
 from lowbit.ptq.options import YaqaOptions
 from lowbit.tree import Tree
 from lowbit.vq.incoherent import Incoherent

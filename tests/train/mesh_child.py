@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import sys
+from functools import partial
 
 N = int(sys.argv[1])
 os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={N}"
@@ -46,6 +47,13 @@ latent = qat.get("ste-learned").prepare(params(), Plan.uniform("int3:g16").resol
 loss = objective.language(CONFIG, config, CONFIG)
 quantized = train(latent, rows(8), loss, config, teacher=params(1), directory=f"{directory}/run{N}")
 out["curve"] = [r["loss"] for r in quantized.history]
+
+# PV-Tuning: gradients, curvature and changed codes, from the same packed model.
+pv = qat.get("e2e-pv")
+tuned = dataclasses.replace(config, steps=5, revise_every=2, revise_rows=8, revise_fraction=0.02)
+coded = pv.prepare(params(), Plan.uniform("rht:f16:blocks:int2:g16").resolve(CONFIG.shapes()))
+revise = partial(pv.revise, CONFIG)
+out["pv"] = train(coded, rows(8), loss, tuned, teacher=params(1), revise=revise).history
 if N == 1:  # eight devices' checkpoint goes on here, on one
     longer = dataclasses.replace(config, steps=21)
     moved = train(latent, rows(8), loss, longer, teacher=params(1), directory=f"{directory}/run8", resume=True)
