@@ -36,7 +36,7 @@ LENGTHS = (0.5, 1.0, 2.0)  # of the Newton step, at which tiles are encoded
 TRUST = 4.0  # times the curvature: weights that change together add up to more than each by itself
 DAMPING = 0.02  # of the factors' mean diagonal, added to it
 CURVATURE_ROWS = 32  # of text at most; a curvature need not be known as well as a slope
-SHARES = (0.03, 0.1, 0.3, 1.0)  # of the changes allowed, tried in this order
+SHARES = (0.003, 0.03, 0.1, 0.3, 1.0)  # of the changes allowed, tried in this order
 
 
 class Slope(NamedTuple):
