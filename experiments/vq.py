@@ -5,7 +5,7 @@ Purpose: each row packs the linears inside blocks by a solver; with a recipe beh
     unquantized model. Bits count codebooks, signs and scales; the evaluated model was written packed and read back.
 Command: lowbit run experiments/vq.py
 Device: 2 CPU cores (any accelerator works)
-Expected time: 30 minutes on 2 CPU cores (estimated from single rows)
+Expected time: 90 minutes on 2 CPU cores (sum of rows that were run beside other work)
 Expected numbers: docs/vq.md
 """
 
@@ -39,11 +39,13 @@ from lowbit.tree import Tree
 FORMATS = {
     2: ("rtn int2:g64:mse", "gptq int2:g64:mse", "ldlq rht:e8p2", "ldlq rht:trellis2:latin:l12", "aqlm aqlm:1x8:g4")
     + ("vptq vptq:v4:k256",),
-    3: ("rtn int3:g64:mse", "gptq int3:g64:mse", "ldlq rht:e8p3", "ldlq rht:trellis3:latin:l12"),
-    4: ("rtn int4:g64:mse", "gptq int4:g64:mse", "ldlq rht:e8p4", "ldlq rht:trellis4:latin:l12"),
+    3: ("rtn int3:g64:mse", "gptq int3:g64:mse", "ldlq rht:e8p3", "ldlq rht:trellis3:latin:l12")
+    + ("aqlm aqlm:2x6:g4", "vptq vptq:v4:k256:r16"),
+    4: ("rtn int4:g64:mse", "gptq int4:g64:mse", "ldlq rht:e8p4", "ldlq rht:trellis4:latin:l12")
+    + ("aqlm aqlm:2x8:g4", "vptq vptq:v4:k256:r256"),
 }
 ROWS = tuple(row for rows in FORMATS.values() for row in rows)
-ROWS += tuple(f"{row} ft" for row in FORMATS[2][1:]) + tuple(f"{row} pv" for row in FORMATS[2][1:])
+ROWS += tuple(f"{row} ft" for row in ROWS) + tuple(f"{row} pv" for row in FORMATS[2][1:])
 
 
 @dataclasses.dataclass(frozen=True)

@@ -126,7 +126,6 @@ def split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 def _run(experiment: configs.Experiment, config: Any, options: Run, argv: Sequence[str]) -> Result:
     from lowbit.experiment.run import Run as RunDirectory
 
-    # Rows of a sweep may be added: each is kept by its name, once measured.
     out = options.out or Path("runs") / f"{experiment.name}-{configs.fingerprint(config)[:8]}"
     start = time.monotonic()
     with RunDirectory.open(
@@ -136,7 +135,7 @@ def _run(experiment: configs.Experiment, config: Any, options: Run, argv: Sequen
         experiment=str(options.file),
         argv=argv,
         tracking=options.tracking,
-        may_differ=("rows",),
+        may_differ=("rows",),  # of a sweep: more may be added, each is kept by its name once it is measured
     ) as run:
         experiment.run(config, run)
         summary = run.summary(wall_seconds=round(time.monotonic() - start, 1))
