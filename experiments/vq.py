@@ -77,6 +77,8 @@ def run(config: Config, run: Run) -> None:
     cases = {row: parse(row) for row in config.rows}
     for case in cases.values():
         make_plan(config, case.format).resolve(model.config.shapes())  # refuses before hours of work
+        if case.recipe is not None:
+            end_to_end(config, qat.get(case.recipe))
     g = ground(model, config.model, config.data, config.seq, run)
     table = [{"name": "fp", "method": "fp", **evaluate(g.fp, g.text, g.fp, config.data.convention)}]
     for row, case in cases.items():
@@ -177,9 +179,15 @@ def tuned(config: Config, run: Run, g: Ground, params: Tree, case: Case) -> Tree
         params = recipe.before.run(g.fp.replace(params=params), assignment, tokens, o, folder, teacher=g.fp)
         if recipe.before.alone:
             return params
-    own = {"steps": config.steps, "batch_size": config.batch_size, "lr": config.lr, "seed": config.seed}
-    own |= {"warmup": 2, "loss": "kl", "log_every": 20, "keep": 1}
-    if recipe.revise is not None:
-        own |= {"revise_every": config.revise_every}
-    settings = TrainConfig(**recipe.defaults | own)
+    settings = end_to_end(config, recipe)
     return recipe.convert(fit(run, case.name, recipe.prepare(params, assignment), settings, g.fp, g.packed, recipe))
+
+
+def end_to_end(config: Config, recipe: qat.Recipe) -> TrainConfig:
+    """How a recipe trains the whole model. Raises `InputError`."""
+    own = {"steps": config.steps, "batch_size": config.batch_size, "lr": config.lr, "seed": config.seed}
+    own |= {"warmup": 2, "loss": "kl", "log_every": 20, "keep": 1, "revise_every": config.revise_every}
+    settings = TrainConfig(**recipe.defaults | own)
+    if recipe.revise is not None:
+        settings.check_revisions()
+    return settings

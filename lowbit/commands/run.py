@@ -16,6 +16,9 @@ from lowbit.commands.inspect import tensor_table
 from lowbit.errors import InputError
 from lowbit.experiment import config as configs
 
+# What a resumed run may have otherwise: more rows may join a sweep, each is kept by its name once it is measured.
+MAY_DIFFER = ("rows",)
+
 
 @dataclasses.dataclass(frozen=True)
 class Run:
@@ -27,7 +30,7 @@ class Run:
     file: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="FILE")]]
     """An experiment: a Python file with a docstring, a frozen dataclass Config and run(config, run)."""
     out: WordPath = None
-    """Run directory (default: runs/NAME-FINGERPRINT)."""
+    """Run directory (default: runs/NAME-FINGERPRINT, of all options but rows)."""
     resume: Flag = False
     """Continue the run in the run directory."""
     dry_run: Flag = False
@@ -126,7 +129,7 @@ def split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 def _run(experiment: configs.Experiment, config: Any, options: Run, argv: Sequence[str]) -> Result:
     from lowbit.experiment.run import Run as RunDirectory
 
-    out = options.out or Path("runs") / f"{experiment.name}-{configs.fingerprint(config)[:8]}"
+    out = options.out or Path("runs") / f"{experiment.name}-{configs.fingerprint(config, MAY_DIFFER)[:8]}"
     start = time.monotonic()
     with RunDirectory.open(
         out,
@@ -135,7 +138,7 @@ def _run(experiment: configs.Experiment, config: Any, options: Run, argv: Sequen
         experiment=str(options.file),
         argv=argv,
         tracking=options.tracking,
-        may_differ=("rows",),  # of a sweep: more may be added, each is kept by its name once it is measured
+        may_differ=MAY_DIFFER,
     ) as run:
         experiment.run(config, run)
         summary = run.summary(wall_seconds=round(time.monotonic() - start, 1))

@@ -115,6 +115,8 @@ class Train:
         if recipe.revise is None and revising:
             flag = revising[0].replace("_", "-")
             raise InputError(f"--{flag} with recipe {self.recipe} (allowed: with pv, whose codes change)")
+        if recipe.revise is not None:
+            train.check_revisions()
         if self.stages and not recipe.restarts:
             raise InputError(f"--stages with recipe {self.recipe} (allowed: recipes that train latent weights)")
         plan = with_rules(make_plan(self.format, self.rules), self)

@@ -252,9 +252,10 @@ def _typed(hint: Any, value: Any, key: str) -> Any:
     raise InputError(f"config {key} is {value!r} (allowed: {allowed})")
 
 
-def fingerprint(config: Any) -> str:
-    """16 hex digits that change with any value of the config."""
-    return hashlib.sha256(json.dumps(to_json(config), sort_keys=True).encode()).hexdigest()[:16]
+def fingerprint(config: Any, without: Sequence[str] = ()) -> str:
+    """16 hex digits that change with any value of the config but those of `without`."""
+    data = {k: v for k, v in to_json(config).items() if k not in without}
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def flatten(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -27,7 +27,7 @@ from lowbit.errors import InputError
 from lowbit.formats.base import Format, Params
 from lowbit.ptq import layerwise
 from lowbit.ptq.base import register
-from lowbit.ptq.blockwise import Solved
+from lowbit.ptq.blockwise import Solved, solver
 from lowbit.ptq.options import AqlmOptions
 from lowbit.ptq.refit import HIGHEST, STEPS, refit
 from lowbit.ptq.weighing import feedback, finished, weighed
@@ -244,4 +244,4 @@ def _solve_weight(w_OI: Any, H_II: Any, fmt: Format, options: Any, name: str) ->
     return aqlm(w_OI, H_II, fmt, beam=o.beam, turns=o.turns, tol=o.tol, damping=o.damping, seed=o.seed, name=name)
 
 
-register(layerwise.solver(layerwise.Method("aqlm", AqlmOptions, _solve_weight, check_format)))
+register(solver(layerwise.Method("aqlm", AqlmOptions, _solve_weight, check_format)))

@@ -1,6 +1,6 @@
 """Solvers that calibrate on text and go through a model block by block: what all of them share.
 
-A solver says how it starts (`Start`): given where the model comes from, what is to be quantized and the tokens of the
+A `Method` says how it starts: given where the model comes from, what is to be quantized and the tokens of the
 calibration text, it is at work (`lowbit.ptq.folder.SolveBlock`), in memory or from a folder.
 """
 
@@ -10,9 +10,10 @@ import sys
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
-from jaxtyping import Array, Float
+import numpy as np
+from jaxtyping import Array, Float, Int
 
 from lowbit import tree as trees
 from lowbit.errors import InputError
@@ -48,26 +49,33 @@ class Source(NamedTuple):
     tokenizer: Any
 
 
-# (model, what is to be quantized, calibration text, its tokens [B, T], options) -> the solver at work
-Start = Callable[[Source, Mapping[str, Any], list[str], Any, Any], SolveBlock]
-
-
-class Kind(NamedTuple):
-    """A solver's name, the dataclass of its options, which formats it refuses (by `InputError`), and its start."""
+@runtime_checkable
+class Method(Protocol):
+    """A solver's name, the dataclass of its options, and which formats it refuses, by `InputError`."""
 
     name: str
     options: type
     check: Callable[[Format, str], None]
-    start: Start
+
+    def start(
+        self,
+        source: Source,
+        assignment: Mapping[str, Any],
+        documents: list[str],
+        tokens_BT: Int[np.ndarray, "B T"],
+        options: Any,
+    ) -> SolveBlock:
+        """The solver at work, on what is to be quantized and with this text to calibrate on."""
+        ...
 
 
-def solver(kind: Kind) -> Solver:
+def solver(method: Method) -> Solver:
     """The solver, for models in memory and for folders."""
-    return Solver(kind.name, partial(quantize, kind), partial(quantize_dir, kind), calibrates=True)
+    return Solver(method.name, partial(quantize, method), partial(quantize_dir, method), calibrates=True)
 
 
 def quantize(
-    kind: Kind,
+    method: Method,
     model: Model,
     assignment: Mapping[str, Any],
     documents: list[str] | None = None,
@@ -79,7 +87,7 @@ def quantize(
     rtn.check_paths(params, assignment)
     readers = readers_of(params)
     source = Source(model.config, readers, lambda: params, model.tokenizer)
-    work, _ = _begin(kind, source, assignment, documents, kind.options(**options))
+    work, _ = _begin(method, source, assignment, documents, method.options(**options))
     known = model.config.shapes()
     blocks = blocks_of({path: readers[path] for path in (*known, *(p for p in readers if p not in known))})
     flat: dict[str, Any] = {}
@@ -91,7 +99,7 @@ def quantize(
 
 
 def quantize_dir(
-    kind: Kind,
+    method: Method,
     src: str | Path,
     plan: Plan | Mapping[str, Any],
     out: str | Path,
@@ -103,26 +111,26 @@ def quantize_dir(
 
     What a solver knows of the text is computed again after an interruption, and the result has the same bits.
     """
-    src, opts = Path(src), kind.options(**options)
+    src, opts = Path(src), method.options(**options)
     config = hf.load_config(src)
     assignment = plan.resolve(config.shapes()) if isinstance(plan, Plan) else dict(plan)
     source = Source(config, hf.readers(src), lambda: hf.load_hf(src).params, hf.load_tokenizer(src))
-    work, tokens_BT = _begin(kind, source, assignment, documents, opts)
+    work, tokens_BT = _begin(method, source, assignment, documents, opts)
     text = hashlib.sha256(tokens_BT.tobytes()).hexdigest()
-    key = {"solver": kind.name, "options": dataclasses.asdict(opts), "tokens": text}
+    key = {"solver": method.name, "options": dataclasses.asdict(opts), "tokens": text}
     quantize_folder(src, Path(out), work, assignment, key, progress)
 
 
 def _begin(
-    kind: Kind, source: Source, assignment: Mapping[str, Any], documents: list[str] | None, options: Any
+    method: Method, source: Source, assignment: Mapping[str, Any], documents: list[str] | None, options: Any
 ) -> tuple[SolveBlock, Any]:
     if documents is None:
-        raise InputError(f"solver {kind.name} without calibration text (allowed: documents)")
+        raise InputError(f"solver {method.name} without calibration text (allowed: documents)")
     for fmt in {f for f in assignment.values() if isinstance(f, Format)}:
-        kind.check(fmt, kind.name)
+        method.check(fmt, method.name)
     length = length_of(source.config, options.length)
     tokens_BT = tokenize(documents, source.tokenizer, options.rows, length, options.seed)
-    return kind.start(source, assignment, documents, tokens_BT, options), tokens_BT
+    return method.start(source, assignment, documents, tokens_BT, options), tokens_BT
 
 
 def note(text: str) -> None:

@@ -27,7 +27,7 @@ from lowbit.errors import InputError
 from lowbit.formats.base import Format, Params, QTensor
 from lowbit.ptq import layerwise
 from lowbit.ptq.base import register
-from lowbit.ptq.blockwise import Solved
+from lowbit.ptq.blockwise import Solved, solver
 from lowbit.ptq.options import GptqOptions, LdlqOptions
 from lowbit.vq.incoherent import Incoherent
 
@@ -303,7 +303,7 @@ def _solve_weight(w_OI: Any, H_II: Any, fmt: Format, options: Any, name: str) ->
 
 
 # Of each layer first q, k and v, ...: see `lowbit.ptq.layerwise`. Options are those of `GptqOptions`.
-SOLVER = register(layerwise.solver(layerwise.Method("gptq", GptqOptions, _solve_weight, check_format)))
+SOLVER = register(solver(layerwise.Method("gptq", GptqOptions, _solve_weight, check_format)))
 quantize, quantize_dir = SOLVER.quantize, SOLVER.quantize_dir
 # The same with QuIP#'s defaults (see `LdlqOptions`).
-register(layerwise.solver(layerwise.Method("ldlq", LdlqOptions, _solve_weight, check_format)))
+register(solver(layerwise.Method("ldlq", LdlqOptions, _solve_weight, check_format)))

@@ -25,7 +25,7 @@ from lowbit.models.config import ModelConfig
 from lowbit.models.decoder import forward
 from lowbit.ptq import modelwise, rtn
 from lowbit.ptq.base import register
-from lowbit.ptq.blockwise import Solved
+from lowbit.ptq.blockwise import Solved, solver
 from lowbit.ptq.gptq import gptq
 from lowbit.ptq.options import GuidedOptions
 from lowbit.ptq.vptq import vptq
@@ -116,4 +116,4 @@ def _solve_weight(w_OI: Any, H_GII: Any, fmt: Format, options: GuidedOptions, na
     return guided(w_OI, H_GII, fmt, damping=options.damping, name=name)
 
 
-register(modelwise.solver(modelwise.Method("guided", GuidedOptions, _find, _solve_weight, check_format)))
+register(solver(modelwise.Method("guided", GuidedOptions, _find, _solve_weight, check_format)))

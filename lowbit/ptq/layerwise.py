@@ -8,7 +8,6 @@ range from the same text.
 import dataclasses
 import re
 from collections.abc import Callable, Iterator, Mapping
-from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -19,11 +18,10 @@ from lowbit.formats.base import Format
 from lowbit.formats.fake_quant import PreparedInput
 from lowbit.linalg.online import describe
 from lowbit.plan import INPUT
-from lowbit.ptq import blockwise, rtn
-from lowbit.ptq.base import Solver
-from lowbit.ptq.blockwise import Kind, Solved, Source, note
+from lowbit.ptq import rtn
+from lowbit.ptq.blockwise import Solved, Source, note
 from lowbit.ptq.calibrate import STAGES, Stream, linears, working
-from lowbit.ptq.folder import Block
+from lowbit.ptq.folder import Block, SolveBlock
 from lowbit.tree import Tree
 
 
@@ -44,11 +42,9 @@ class Method:
     solve: SolveWeight
     check: Callable[[Format, str], None]
 
-
-def solver(method: Method) -> Solver:
-    """The solver of a method, for models in memory and for folders; of these, one layer is in memory at a time."""
-    start = partial(_Blocks, method)
-    return blockwise.solver(Kind(method.name, method.options, method.check, start))
+    def start(self, *given: Any) -> SolveBlock:
+        """See `lowbit.ptq.blockwise.Method`."""
+        return _Blocks(self, *given)
 
 
 class _Blocks:

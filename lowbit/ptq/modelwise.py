@@ -9,7 +9,6 @@ from the same text.
 import dataclasses
 import re
 from collections.abc import Callable, Iterator, Mapping
-from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -20,10 +19,9 @@ from lowbit.formats.fake_quant import PreparedInput
 from lowbit.models.cache import CacheSite
 from lowbit.models.config import ModelConfig
 from lowbit.plan import INPUT
-from lowbit.ptq import blockwise, rtn
-from lowbit.ptq.base import Solver
-from lowbit.ptq.blockwise import Kind, Solved, Source, note
-from lowbit.ptq.folder import Block
+from lowbit.ptq import rtn
+from lowbit.ptq.blockwise import Solved, Source, note
+from lowbit.ptq.folder import Block, SolveBlock
 from lowbit.tree import Tree
 
 
@@ -47,12 +45,9 @@ class Method:
     solve: Callable[[Any, Any, Format, Any, str], Solved]
     check: Callable[[Format, str], None]
 
-
-def solver(method: Method) -> Solver:
-    """The solver of a method, for models in memory and for folders; both ways the Hessians need the whole model in
-    memory."""
-    start = partial(_Blocks, method)
-    return blockwise.solver(Kind(method.name, method.options, method.check, start))
+    def start(self, *given: Any) -> SolveBlock:
+        """See `lowbit.ptq.blockwise.Method`."""
+        return _Blocks(self, *given)
 
 
 def weight(leaf: Any) -> Any:

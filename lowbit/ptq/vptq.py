@@ -25,7 +25,7 @@ from lowbit.errors import InputError
 from lowbit.formats.base import Format, Params
 from lowbit.ptq import layerwise
 from lowbit.ptq.base import register
-from lowbit.ptq.blockwise import Solved
+from lowbit.ptq.blockwise import Solved, solver
 from lowbit.ptq.options import LnqOptions, VptqOptions
 from lowbit.ptq.refit import HIGHEST, STEPS, error_of, refit
 from lowbit.ptq.weighing import Weighed, feedback, finished, weighed
@@ -156,5 +156,5 @@ def _solve_weight(w_OI: Any, H_II: Any, fmt: Format, options: Any, name: str) ->
     return vptq(w_OI, H_II, fmt, name=name, **{k: own[k] for k in ("order", "turns", "cycles", "tol", "damping")})
 
 
-register(layerwise.solver(layerwise.Method("vptq", VptqOptions, _solve_weight, check_format)))
-register(layerwise.solver(layerwise.Method("lnq", LnqOptions, _solve_weight, _check_lnq)))
+register(solver(layerwise.Method("vptq", VptqOptions, _solve_weight, check_format)))
+register(solver(layerwise.Method("lnq", LnqOptions, _solve_weight, _check_lnq)))

@@ -31,7 +31,7 @@ from lowbit.models.config import ModelConfig
 from lowbit.models.decoder import forward
 from lowbit.ptq import modelwise, rtn
 from lowbit.ptq.base import register
-from lowbit.ptq.blockwise import Solved
+from lowbit.ptq.blockwise import Solved, solver
 from lowbit.ptq.gptq import check_format
 from lowbit.ptq.options import YaqaOptions
 from lowbit.tree import Tree
@@ -274,4 +274,4 @@ def _solve_weight(w_OI: Any, sketch: Sketch, fmt: Format, options: YaqaOptions, 
     return yaqa(w_OI, sketch, fmt, damping=options.damping, name=name)
 
 
-register(modelwise.solver(modelwise.Method("yaqa", YaqaOptions, _find, _solve_weight, check_format)))
+register(solver(modelwise.Method("yaqa", YaqaOptions, _find, _solve_weight, check_format)))

@@ -102,6 +102,13 @@ class TrainConfig:
         """Whether the objective has a term that needs a teacher."""
         return self.loss != "ce" or self.hidden_weight > 0
 
+    def check_revisions(self) -> None:
+        """Raises `InputError` if no step is followed by a revision, for recipes that have such."""
+        if self.revise_every >= self.steps:
+            raise InputError(
+                f"revise_every is {self.revise_every} with {self.steps} steps, so none changes (allowed: below steps)"
+            )
+
     def fingerprint(self) -> dict[str, Any]:
         """What a resumed run must share with the run it continues, JSON-able."""
         keep = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in OPERATIONAL}

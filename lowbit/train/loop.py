@@ -117,6 +117,8 @@ def train(
       InputError: on anything that cannot be: a full disk, another configuration, a mesh that does not fit.
     """
     _check_stages(stages, config)
+    if revise is not None:
+        config.check_revisions()
     identity = config.fingerprint() | dict(fingerprint or {})
     history: list[Record] = []
     with contextlib.ExitStack() as stack:

@@ -192,5 +192,6 @@ def test_non_finite_and_foreign_values_have_no_json():
 def test_fingerprint_and_differences():
     a, b = Config(), Config(opt=Opt(lr=1.0))
     assert configs.fingerprint(a) == configs.fingerprint(Config()) != configs.fingerprint(b)
+    assert configs.fingerprint(a, ["opt"]) == configs.fingerprint(b, ["opt"]) != configs.fingerprint(a)
     assert configs.differences(configs.to_json(a), configs.to_json(b)) == ["opt.lr: 0.0001 -> 1.0"]
     assert configs.differences({"a": 1}, {"b": None}) == ["a: 1 -> absent", "b: absent -> null"]

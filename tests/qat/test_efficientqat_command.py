@@ -153,6 +153,8 @@ def test_stages_by_rules_and_formats_resume(here, capsys):
 def test_options_that_would_do_nothing_are_refused(here, capsys):
     assert main([*TRAIN, "--recipe", "ste", "--revise-every", "3", "--out", "no"]) == 2
     assert "--revise-every with recipe ste (allowed: with pv" in capsys.readouterr().err
+    assert main([*TRAIN, "--recipe", "pv", "--revise-every", "30", "--out", "no"]) == 2
+    assert "revise_every is 30 with " in capsys.readouterr().err
     assert not Path("no").exists()
 
 

@@ -178,3 +178,8 @@ def test_refusals():
         TrainConfig(revise_every=0)
     with pytest.raises(InputError, match="revise_rows is 0"):
         TrainConfig(revise_rows=0)
+    recipe = qat.get("e2e-pv")
+    start = recipe.prepare(params(), Plan.uniform("int2:g16").resolve(CONFIG.shapes()))
+    config = settings(recipe, revise_every=7)
+    with pytest.raises(InputError, match="revise_every is 7 with 7 steps"):
+        train(start, rows(), language(CONFIG, config, CONFIG), config, revise=partial(recipe.revise, CONFIG))
