@@ -15,7 +15,8 @@ QuIP#'s own nearest point (torch, CPU), on a quarter of the same rows:
 
     python benchmarks/distortion.py --peer-path quip-sharp --peer-python PYTHON_WITH_TORCH [--require-peer]
 
-Without `--peer-path` its row is null.
+Without `--peer-path` its row is null. `--better` adds the list `better`: longer states, tiles and first passes at 2
+bits.
 """
 
 import argparse
@@ -33,7 +34,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import jax
 import jax.numpy as jnp
 import numpy as np
-from trellis_rows import trellis_rows
+from trellis_rows import better_rows, trellis_rows
 
 from lowbit.formats import base as formats
 from lowbit.vq import lattice
@@ -171,6 +172,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quick", action="store_true", help="a sixteenth of the samples")
+    parser.add_argument("--better", action="store_true", help="longer states and tiles at 2 bits too")
     parser.add_argument("--plot", type=Path, help="PNG to write")
     parser.add_argument("--peer-path", type=Path, help="a checkout of QuIP#")
     parser.add_argument("--peer-python", default=sys.executable, help="a Python with torch")
@@ -183,6 +185,7 @@ def main() -> None:
     for make in ROWS:
         rows |= make(args)
     codes = rows.pop("codes")
+    better = better_rows(args) if args.better else None
     speed = e8p_speed(args)
     print(table(rows))
     if speed["peer"]:
@@ -191,7 +194,7 @@ def main() -> None:
     if args.plot is not None:
         plot(rows, args.plot)
     if args.json:
-        print(json.dumps({**rows, "codes": codes, "speed": speed, "seed": args.seed}))
+        print(json.dumps({**rows, "codes": codes, "better": better, "speed": speed, "seed": args.seed}))
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ def test_rows_are_added_to_a_table_and_those_that_were_measured_stay(tmp_path, c
     lines = (tmp_path / "run/gptq-int2-g16-pv/metrics.jsonl").read_text().splitlines()
     told = [m for m in map(json.loads, lines) if "codes_changed" in m]
     assert [m["step"] for m in told] == [2] and told[0]["loss_after"] <= told[0]["loss_before"]
-    assert main([*args, "gptq int2:g16 pv", "--revise-every=3", "--resume"]) == 2
+    assert main([*args, "gptq int2:g16 pv", "--revise-every=3", f"--out={tmp_path / 'no'}"]) == 2
     assert "revise_every is 3 with 3 steps" in capsys.readouterr().err
     assert main([*args, "--steps=4", "--resume"]) == 2
     assert "steps: 3 -> 4" in capsys.readouterr().err
