@@ -61,8 +61,9 @@ class YaqaOptions:
 
     solver: ClassVar[str] = "yaqa"
 
-    rows: int = 128
-    """Rows of calibration tokens, drawn without replacement; one gradient of the whole model for each."""
+    rows: int = 512
+    """Rows of calibration tokens, drawn without replacement; one gradient of the whole model for each. Quality rests on
+    them: a few hundred at least."""
     length: int = 0
     """Tokens of a row (0: the model's context, 2048 at most)."""
     seed: int = 0
