@@ -53,6 +53,7 @@ def refused(capsys, *argv: str) -> str:
     return err
 
 
+@pytest.mark.slow
 def test_generate_reports_the_bytes_of_its_cache(here, capsys):
     options = ["generate", "m", "--prompt", "ab", "--tokens", "20"]
     plain = run(capsys, *options)

@@ -16,8 +16,9 @@ from lowbit.formats.uniform import Uniform
 NAMES = base.names()
 W = weights()
 X = np.random.default_rng(1).standard_normal((3, SHAPE[1])).astype(np.float32)
-# Formats that add no pair of choices to the others run with `-m slow` only.
-SPARE = """f32 int1:channel:paretoq ternary:channel:paretoq-compat
+# Formats that add little to the others run with `-m slow` only.
+SPARE = """f32 int5:channel:mse int6:tensor:mse int7:tensor:asym:mse int8:g64:mse
+int1:channel:paretoq ternary:channel:paretoq-compat
 int2:g64 int2:g64:mse int3:g64 ternary:channel ternary:g64:lsq ternary:tensor:f32 q4_0:mse:lsq
 q2_0:mse q5_0:mse:clip q2_k q2_k:absmax:lsq q3_k q4_k:lsq q5_k q5_k:absmax:rounded q6_k mxfp4:lsq nf2 nf4
 aqlm:1x8:g8 aqlm:3x3:g4 vptq:v4:k16 vptq:v4:k16:r32 vptq:v4:k16:s gptvq:v1:k4:c64:n4 nuq1 nuq3 nuq4
@@ -26,9 +27,8 @@ rht:rows:ternary:channel rht128:blocks:int2:channel:midrise""".split()
 # The laws that compile large programs run over one format of each code path by default, `most` not over those above.
 MOST = """bf16 int1:g64 int2:g64:midrise:mse:paretoq ternary:channel:paretoq
 int2:tensor:asym:mse int3:g64:asym:rounded int4:g64 int4:g64:clip:bf16 ternary:tensor
-q4_0 q4_1 tq1_0 q4_k q6_k:absmax:fixed2 mxfp4:mse:clip nf4:dq rht:f16:int4:g64:clip
-aqlm:2x4:g4 nuq2 e8p2 e8p4
-trellis2:mcg:l10 trellis2:hyb:l10""".split()
+q4_0 q4_1 tq1_0 q4_k q6_k:absmax:fixed2 mxfp4:mse:clip nf4:dq
+aqlm:2x4:g4 nuq2 e8p2 trellis2:hyb:l10""".split()
 REST = [n for n in NAMES if n not in MOST]
 
 

@@ -87,7 +87,7 @@ def test_a_row_order_wrong_both_ways_is_an_error(tmp_path, monkeypatch):
         export(m, "gguf:Q4_0", tmp_path / "m.gguf")
 
 
-SLOW = ("Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q5_K", "Q6_K")
+SLOW = ("Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q5_K", "Q6_K", "TQ1_0")
 QUANTIZED = [
     pytest.param(n, marks=[pytest.mark.slow] if n in SLOW else []) for n, t in gguf_types.TYPES.items() if t.quantized
 ]

@@ -60,7 +60,7 @@ def test_every_family_round_trips(name, tmp_path):
     np.testing.assert_array_equal(np.asarray(m.logits(TOKENS)), np.asarray(back.logits(TOKENS)))
 
 
-SLOW = ("Q2_K", "Q3_K", "Q5_K", "Q6_K", "Q5_0")  # searches that compile, and layouts that other tests cover
+SLOW = "Q2_K Q3_K Q5_K Q6_K Q5_0 Q5_1 TQ1_0".split()  # searches that compile, and layouts that other tests cover
 
 
 @pytest.mark.parametrize("type", [pytest.param(t, marks=[pytest.mark.slow] if t in SLOW else []) for t in TYPES])

@@ -12,13 +12,15 @@ SEARCHED = "int4:g128:mse:f32"
 
 
 def spanning():
-    """Every registered format whose parameters lie within blocks of columns."""
+    """Every registered format whose parameters lie within blocks of columns; by default one with a searched scale, and
+    of each family the first without."""
+    seen = set()
     for name in formats.names():
-        fmt = formats.get(name)
+        fmt, family = formats.get(name), name.split(":")[0]
         if fmt.params_span(SHAPE) < SHAPE[1]:
-            # Searched scales are one mechanism, which compiles for seconds: one of them by default.
-            searched = getattr(fmt, "searched", False) and name != SEARCHED
-            yield pytest.param(name, marks=[pytest.mark.slow] if searched else [])
+            default = name == SEARCHED or not (getattr(fmt, "searched", False) or family in seen)
+            yield pytest.param(name, marks=[] if default else [pytest.mark.slow])
+            seen |= {family} if default else set()
 
 
 @pytest.mark.parametrize("name", list(spanning()))

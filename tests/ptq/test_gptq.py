@@ -55,8 +55,8 @@ def textbook(w, h, fmt, damping=0.01):
 
 def every_format():
     """All of them; by default the first name of each family, of a kind with many a few."""
-    seen = {"int2", "int3", "int5", "int6", "int7", "fp16", "f32", "q5_0", "q5_1", "q2_k", "q3_k", "q5_k", "q6_k"}
-    seen |= {"aqlm", "gptvq", "e8p3", "e8p4", "nuq1", "nuq3", "nuq4", "trellis1", "trellis2.5", "trellis3", "trellis4"}
+    seen = set("int2 int3 int5 int6 int7 fp16 f32 q4_1 q5_0 q5_1 q2_k q3_k q5_k q6_k nf2 nf3 nuq1 nuq3 nuq4".split())
+    seen |= set("aqlm gptvq e8p3 e8p4 trellis1 trellis2.5 trellis3 trellis4".split())
     for name in formats.names():
         if not formats.get(name).idempotent:
             continue

@@ -79,7 +79,9 @@ def test_which_inputs_get_which_format():
     assert leaf(tree, DOWN).op.name == "hadamard:48"
 
 
-@pytest.mark.parametrize("recipe", ["bitnet", "bitnet-a4.8", pytest.param("bitnet-v2", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "recipe", ["bitnet-a4.8", *(pytest.param(n, marks=pytest.mark.slow) for n in ("bitnet", "bitnet-v2"))]
+)
 @pytest.mark.parametrize("sub_norm", ["sub", pytest.param("per_linear", marks=pytest.mark.slow)])
 def test_packed_is_what_was_trained(recipe: str, sub_norm: str):
     config = dataclasses.replace(CONFIG, sub_norm=sub_norm, activation="relu2")

@@ -81,6 +81,7 @@ def test_zero_points_learn_from_what_is_clipped_and_leave_as_they_trained():
         np.testing.assert_array_equal(q.decode(), FMT.fake_quant(jnp.asarray(w), p))
 
 
+@pytest.mark.slow
 def test_the_outer_scales_of_two_levels_have_the_derivative_of_the_product():
     """`w = d sc (q - z) - dmin mn`: the codes and the inner scales stay, d's gradient is what it multiplies."""
     rng = np.random.default_rng(0)

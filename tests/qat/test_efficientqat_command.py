@@ -49,6 +49,7 @@ def weights(folder: str) -> bytes:
     return Path(folder, "model/model.safetensors").read_bytes()
 
 
+@pytest.mark.slow
 def test_both_phases_stop_and_resume(here, capsys, monkeypatch):
     """Stopped in the second block, then in end-to-end training: the resumed run has the weights of an undisturbed one.
     Block-AP alone gives the codes that end-to-end training keeps."""

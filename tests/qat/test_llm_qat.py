@@ -113,6 +113,7 @@ def here(tmp_path, monkeypatch):
 TRAIN = "train m --text text.txt --recipe llm-qat --format int4 --batch-size 2 --seq 16 --steps 2 --out r".split()
 
 
+@pytest.mark.slow
 def test_what_was_trained_is_what_is_saved_and_evaluated(here, capsys):
     argv = [*TRAIN, *"--act int8:token --kv int4:token --v-cache int8:token:asym --eval-text text.txt --json".split()]
     assert main(argv) == 0

@@ -119,6 +119,7 @@ def settings(recipe, **more) -> TrainConfig:
     return TrainConfig(**recipe.defaults | own | more)
 
 
+@pytest.mark.slow
 def test_training_changes_few_codes_and_resumes_to_the_same_bits(tmp_path):
     recipe = qat.get("e2e-pv")
     assignment = Plan.uniform("int2:g16").resolve(CONFIG.shapes())

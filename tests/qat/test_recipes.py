@@ -45,7 +45,7 @@ CASES = [
     ("dorefa", "dorefa2:tensor", None),
     ("pact", "dorefa4:tensor", "int4:pact:r0.7"),
 ]
-SLOW = {"int3:g16", "ternary:channel", "int3:channel", "dorefa2:tensor"}
+SLOW = {"int3:g16", "ternary:channel", "int3:channel", "dorefa2:tensor", "dorefa4:tensor", "int1:channel"}
 
 
 @pytest.mark.parametrize(

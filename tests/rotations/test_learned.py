@@ -111,7 +111,8 @@ def test_learning_is_the_same_for_the_same_seed_and_refuses_what_cannot_be():
         base.transform(small("bit"), "smoothquant", TEXT)
 
 
-@pytest.mark.parametrize("method", [spinquant, pytest.param(flatquant, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("method", [spinquant, flatquant])
 def test_an_interrupted_fit_goes_on_to_the_same_bits(method, tmp_path):
     """Stopped behind what it keeps (ten steps; one layer), and started again: other arguments start anew."""
     model = small("llama", 2)

@@ -70,7 +70,8 @@ def test_a_frozen_code_stays_when_the_scale_moves():
     np.testing.assert_allclose(w["a"][0, 0], code * 1.5, rtol=1e-6)
 
 
-@pytest.mark.parametrize("recipe", ["ste", pytest.param("ste-learned", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["ste", "ste-learned"])
 def test_training_reports_and_freezes(recipe: str):
     plan = Plan.uniform("int2:g16").resolve(CONFIG.shapes())
     start = qat.get(recipe).prepare(params(), plan)
