@@ -16,9 +16,8 @@ from lowbit.formats.uniform import Uniform
 NAMES = base.names()
 W = weights()
 X = np.random.default_rng(1).standard_normal((3, SHAPE[1])).astype(np.float32)
-# Formats that add little to the others run with `-m slow` only.
-SPARE = """f32 int5:channel:mse int6:tensor:mse int7:tensor:asym:mse int8:g64:mse
-int1:channel:paretoq ternary:channel:paretoq-compat
+# Formats that add no pair of choices to the others run with `-m slow` only.
+SPARE = """f32 int1:channel:paretoq ternary:channel:paretoq-compat
 int2:g64 int2:g64:mse int3:g64 ternary:channel ternary:g64:lsq ternary:tensor:f32 q4_0:mse:lsq
 q2_0:mse q5_0:mse:clip q2_k q2_k:absmax:lsq q3_k q4_k:lsq q5_k q5_k:absmax:rounded q6_k mxfp4:lsq nf2 nf4
 aqlm:1x8:g8 aqlm:3x3:g4 vptq:v4:k16 vptq:v4:k16:r32 vptq:v4:k16:s gptvq:v1:k4:c64:n4 nuq1 nuq3 nuq4

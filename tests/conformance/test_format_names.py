@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from registry import NAMES, SPARE, W, encoded, every, uniform
+from registry import NAMES, SPARE, W, encoded, everyone, uniform
 
 from lowbit.formats import base
 from lowbit.formats.base import FormatError
@@ -129,7 +129,7 @@ def test_rows_that_do_not_divide_are_refused(name: str):
             f(jnp.ones((4, 100)))
 
 
-@every
+@everyone
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_nan_and_infinity_are_refused(name: str, bad: float):
     w = W["normal"].copy()

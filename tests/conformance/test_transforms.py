@@ -45,7 +45,7 @@ def cases() -> list:
     """Every pair. By default a learned transform, which compiles for a quarter of a minute, runs on one family that it
     takes, QuaRot and SmoothQuant on one of each kind, and what is a part of another transform on two."""
     whole = ("quarot", "quarot:heads+r3+r4", "smoothquant:all:n8")
-    kinds = ("llama-biases", "qwen3", "gemma3", "bit", "bitnet", "odd")
+    kinds = ("qwen3", "gemma3", "bit", "bitnet", "odd")
     default = {n: ("odd", "gemma3") for n in base.names()} | {n: kinds for n in whole}
     default |= {n: ("gemma3",) if n.startswith("flat") else ("odd",) for n in base.names() if base.get(n).learns}
     return [

@@ -33,7 +33,13 @@ EXACT = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("format, type", EXACT)
+# By default one of each type.
+FIRST = {t: (f, t) for f, t in reversed(EXACT)}.values()
+
+
+@pytest.mark.parametrize(
+    "format, type", [pytest.param(*c, marks=[] if c in FIRST else [pytest.mark.slow]) for c in dict.fromkeys(EXACT)]
+)
 def test_bytes_decode_to_the_trained_weights(format, type):
     q = encode(format)
     if format == "int8:g32:asym":  # levels up to +-255: only blocks whose zero point is near the middle fit
