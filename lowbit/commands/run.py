@@ -157,7 +157,8 @@ def _dry_run(experiment: configs.Experiment, config: Any) -> Result:
         tables = {k: v for k, v in flat.items() if isinstance(v, list) and v and isinstance(v[0], dict)}
         text += "\n\n" + lines({k: v for k, v in flat.items() if k not in tables})
         text += "".join(f"\n\n{name}\n{tensor_table(rows)}" for name, rows in tables.items())
-    return result({"dry_run": True, "config": resolved, "fingerprint": configs.fingerprint(config), "plan": plan}, text)
+    name = configs.fingerprint(config, MAY_DIFFER)
+    return result({"dry_run": True, "config": resolved, "fingerprint": name, "plan": plan}, text)
 
 
 def _text(doc: dict[str, str]) -> str:
