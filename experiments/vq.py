@@ -5,7 +5,7 @@ Purpose: each row packs the linears inside blocks by a solver; with a recipe beh
     unquantized model. Bits count codebooks, signs and scales; the evaluated model was written packed and read back.
 Command: lowbit run experiments/vq.py
 Device: 2 CPU cores (any accelerator works)
-Expected time: 110 minutes on 2 CPU cores (sum of rows that were run beside other work)
+Expected time: 115 minutes on 2 CPU cores (sum of rows that were run beside other work)
 Expected numbers: docs/vq.md
 """
 
@@ -44,9 +44,7 @@ FORMATS = {
     4: ("rtn int4:g64:mse", "gptq int4:g64:mse", "ldlq rht:e8p4", "ldlq rht:trellis4:latin:l12")
     + ("aqlm aqlm:2x8:g4", "vptq vptq:v4:k256:r256"),
 }
-YAQA = tuple(
-    f"yaqa {fmt} rows=512" for fmt in ("rht:e8p2", "rht:trellis2:latin:l12", "rht:e8p3", "rht:trellis3:latin:l12")
-)
+YAQA = tuple(f"yaqa rht:{code} rows=512" for k in FORMATS for code in (f"e8p{k}", f"trellis{k}:latin:l12"))
 ROWS = (*(row for rows in FORMATS.values() for row in rows), *YAQA)
 ROWS += tuple(f"{row} ft" for row in ROWS) + tuple(f"{row} pv" for row in FORMATS[2][1:])
 
